@@ -1,0 +1,72 @@
+"""The error vocabulary: what went wrong, in a form every door can translate.
+
+AvbError
+├── BadInput        400  the caller sent something we cannot use
+├── Refused         401  no usable credential
+├── Forbidden       403  a credential without the right
+├── NotFound        404  no such thing, or not yours
+├── Conflict        409  it exists already, or is in another state
+└── Unavailable     503  something we depend on does not answer
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AvbError(Exception):
+    """Something went wrong that a person can be told about.
+
+    `code` is for machines and never changes; `message` says what happened and names the remedy.
+    """
+
+    status: ClassVar[int] = 500
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+
+
+class BadInput(AvbError):
+    """The caller sent something we cannot use; nothing was changed."""
+
+    status = 400
+    default_code = "validation_error"
+
+
+class Refused(AvbError):
+    """There is no credential, or it is unknown, revoked or expired."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+
+class Forbidden(AvbError):
+    """The credential is good, but not for this."""
+
+    status = 403
+    default_code = "permission_denied"
+
+
+class NotFound(AvbError):
+    """There is no such thing, or it belongs to somebody else."""
+
+    status = 404
+    default_code = "not_found"
+
+
+class Conflict(AvbError):
+    """The thing exists already, or is in a state that does not allow this."""
+
+    status = 409
+    default_code = "conflict"
+
+
+class Unavailable(AvbError):
+    """Something we depend on does not answer; the same request may succeed later."""
+
+    status = 503
+    default_code = "service_unavailable"
