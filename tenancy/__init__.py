@@ -1,0 +1,1 @@
+"""Tenants, keys, sessions and the usage ledger, isolated by the database itself."""

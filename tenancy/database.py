@@ -1,0 +1,241 @@
+"""Transactions bound to one tenant, and the one place where the store's troubles become our errors."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import conninfo
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction, with_loader_criteria
+
+from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.tenancy import migrations, roles
+from agentvoicebox.tenancy.models import TenantOwned
+
+Address = Callable[[str], str]
+"""From one of the names in `roles` to the libpq address that connects as it; `Postgres.url` and `external` are such."""
+
+_MIGRATING = 0x41564202
+"""Our advisory lock: one migration at a time."""
+
+_NO_TENANT = "AV001"
+"""What the function app_tenant() of the database raises."""
+
+
+class NoTenant(BadInput):
+    """Rows of a tenant were asked for, and no tenant is bound to the transaction."""
+
+    default_code = "tenant_required"
+
+
+def external(dsn: str) -> Address:
+    """Addresses on a PostgreSQL (15 or newer) of the operator's, whose login takes on our roles one by one.
+
+    The login owns the database and is a member of the four roles of `roles`. `prepare` makes roles and memberships
+    itself when the login is a superuser, or has CREATEROLE and BYPASSRLS on PostgreSQL 16 or newer; else a superuser
+    runs `roles.CREATE` once and grants the four to the login. Raises `BadInput` when `dsn` cannot be read.
+    """
+    try:
+        given = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        raise BadInput(
+            "The database address cannot be read; give postgresql://user@host/name or `host=… dbname=…`.",
+            param="database",
+        ) from error
+
+    def address(role: str) -> str:
+        if role == roles.ADMIN:
+            return dsn
+        options = f"{given.get('options') or ''} -c role={role}".strip()
+        return conninfo.make_conninfo(dsn, options=options)
+
+    return address
+
+
+class _TenantSession(Session):
+    """A session whose every transaction is pinned to `info["tenant"]`."""
+
+
+@event.listens_for(_TenantSession, "after_begin")
+def _pin(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    tenant = str(session.info["tenant"])
+    connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (tenant,))
+
+
+@event.listens_for(_TenantSession, "do_orm_execute")
+def _filter(state: ORMExecuteState) -> None:
+    # The second belt: the database would show nothing else anyway, and the planner likes the plain condition.
+    if state.is_select or state.is_update or state.is_delete:
+        tenant = state.session.info["tenant"]
+        mine = with_loader_criteria(TenantOwned, lambda cls: cls.tenant_id == tenant, include_aliases=True)
+        state.statement = state.statement.options(mine)
+
+
+@event.listens_for(_TenantSession, "before_flush")
+def _own(session: Session, _: UOWTransaction, __: object) -> None:
+    for row in session.new:
+        if isinstance(row, TenantOwned) and row.tenant_id is None:
+            row.tenant_id = session.info["tenant"]
+
+
+class Database:
+    """Sessions on the store, one small pool for requests and one for the system."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._app = _engine(address(roles.APP), keep=2, most=10)
+        self._system = _engine(address(roles.SYSTEM), keep=1, most=5, ping=True)
+
+    @asynccontextmanager
+    async def tenant(self, tenant_id: uuid.UUID) -> AsyncIterator[AsyncSession]:
+        """A transaction that sees and writes rows of this tenant only; committed when the block ends well.
+
+        Raises `Unavailable` when the store does not answer, `BadInput` for a value it cannot hold.
+        """
+        if not isinstance(tenant_id, uuid.UUID):
+            raise NoTenant("No tenant is bound: name the tenant whose rows these are.")
+        info = {"tenant": tenant_id}
+        with translated():
+            session = AsyncSession(self._app, sync_session_class=_TenantSession, expire_on_commit=False, info=info)
+            async with session:
+                try:
+                    await session.connection()
+                except DBAPIError as error:
+                    if not error.connection_invalidated:
+                        raise
+                    # A pooled connection had died with an earlier server; nothing was done yet, and the pool is empty.
+                    await session.rollback()
+                    await session.connection()
+                yield session
+                await session.commit()
+
+    @asynccontextmanager
+    async def system(self) -> AsyncIterator[AsyncSession]:
+        """A transaction over all tenants, for jobs, key look-up and the operator; else as `tenant`."""
+        with translated():
+            async with AsyncSession(self._system, expire_on_commit=False) as session, session.begin():
+                yield session
+
+    async def connect(self, role: str) -> psycopg.AsyncConnection[Any]:
+        """A connection of one's own, outside the pools, that commits each statement. Raises `Unavailable`."""
+        with translated():
+            return await _connect(self._address(role), autocommit=True)
+
+    async def close(self) -> None:
+        """Give all connections back to the server."""
+        await self._app.dispose()
+        await self._system.dispose()
+
+
+async def prepare(address: Address) -> None:
+    """Make the roles and bring the tables up to date: wholly or not at all, by one process at a time.
+
+    Raises `Unavailable` when the server does not let us, naming why and the remedy.
+    """
+    engine = _engine(address(roles.ADMIN), keep=1, most=1)
+    try:
+        async with engine.connect() as connection, connection.begin():
+            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
+            await connection.exec_driver_sql(roles.CREATE, execution_options={"no_parameters": True})
+            await connection.exec_driver_sql(f"SET LOCAL ROLE {roles.OWNER}")
+            await connection.run_sync(migrations.upgrade)
+    except DBAPIError as error:
+        if _lacks_rights(error):
+            raise Unavailable(
+                "The login of --database may not make our roles or tables. As a superuser of that server, run the "
+                "SQL of agentvoicebox.tenancy.roles.CREATE, then GRANT avb_owner, avb_app, avb_system, avb_ledger "
+                "to the login.",
+                code="store_unavailable",
+            ) from error
+        if (known := _meaning(error)) is None:
+            raise
+        reason = str(error.orig).splitlines()[0] if str(error.orig) else "no reason given"
+        raise Unavailable(f"{known.message} ({reason})", code=known.code) from error
+    finally:
+        await engine.dispose()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the store being away, full or unable to hold a value into `Unavailable` and `BadInput`."""
+    try:
+        yield
+    except (DBAPIError, PoolTimeout, psycopg.Error) as error:
+        if (known := _meaning(error)) is None:
+            raise
+        raise known from error
+    except UnicodeEncodeError as error:
+        raise _unstorable() from error
+
+
+def sqlstate(error: BaseException) -> str:
+    """The five characters by which PostgreSQL says what went wrong; empty when it said nothing."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "sqlstate", None) or ""
+
+
+def _meaning(error: Exception) -> AvbError | None:
+    state = sqlstate(error)
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if state == _NO_TENANT:
+        return NoTenant("No tenant is bound: name the tenant whose rows these are.")
+    if state == "53100":
+        return Unavailable(
+            "The disk of the store is full: free some space. Nothing was written.", code="store_unavailable"
+        )
+    if isinstance(cause, psycopg.DataError):
+        return _unstorable()
+    # 25006: a standby that was our server a moment ago. 58: the server's own system calls fail.
+    if isinstance(error, PoolTimeout) or isinstance(cause, psycopg.OperationalError) or state[:2] in ("08", "58"):
+        return _away()
+    if state == "25006" or (isinstance(error, DBAPIError) and error.connection_invalidated):
+        return _away()
+    return None
+
+
+def _away() -> Unavailable:
+    return Unavailable(
+        "The store does not answer: is PostgreSQL running, and is --database right? Try again.",
+        code="store_unavailable",
+    )
+
+
+def _unstorable() -> BadInput:
+    return BadInput("A value cannot be stored: it is too long, out of range, or holds a character that is not text.")
+
+
+def _lacks_rights(error: DBAPIError) -> bool:
+    return sqlstate(error) == "42501"
+
+
+def _engine(address: str, *, keep: int, most: int, ping: bool = False) -> AsyncEngine:
+    """An engine with at most `keep` idle connections: each idle one costs the server some 2 MB.
+
+    `ping` asks a pooled connection whether it still lives before it is used, where no pinning statement does so.
+    """
+
+    async def creator() -> psycopg.AsyncConnection[Any]:
+        return await _connect(address)
+
+    return create_async_engine(
+        "postgresql+psycopg://",
+        async_creator=creator,
+        pool_size=keep,
+        max_overflow=most - keep,
+        pool_pre_ping=ping,
+        pool_timeout=5,
+        pool_use_lifo=True,
+        use_native_hstore=False,
+        hide_parameters=True,  # they hold transcripts, and exceptions end up in logs
+    )
+
+
+async def _connect(address: str, *, autocommit: bool = False) -> psycopg.AsyncConnection[Any]:
+    return await psycopg.AsyncConnection.connect(address, autocommit=autocommit, connect_timeout=5)
