@@ -1,0 +1,1 @@
+"""Speech engines and in-cell plugins, each loadable by a stock OVOS; no database, no server packages."""

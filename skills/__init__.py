@@ -1,0 +1,1 @@
+"""Skills that ship with AgentVoiceBox, one folder each."""

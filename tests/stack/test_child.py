@@ -1,0 +1,22 @@
+"""What the processes of a cell write besides the stock logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agentvoicebox.bus_bridge.child import Bounded
+
+
+def test_a_log_of_errors_does_not_grow_without_end(tmp_path: Path) -> None:
+    stream = Bounded(tmp_path / "core.errors")
+    for number in range(50):
+        print(f"{number} " + "x" * 100_000, file=stream)
+    stream.close()
+    files = sorted(tmp_path.iterdir())
+    assert sum(file.stat().st_size for file in files) < 2_500_000
+    assert files[0].read_text().splitlines()[-1].startswith("49 ")
+
+
+def test_a_full_disk_is_survived() -> None:
+    with Bounded(Path("/dev/full")) as stream:
+        assert stream.write("lost") == 4
