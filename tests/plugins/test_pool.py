@@ -1,0 +1,165 @@
+"""Engines are shared, work off the event loop, and stop when nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import wave
+from collections.abc import AsyncIterator
+from typing import Any
+
+import psutil
+import pytest
+from ovos_plugin_manager.templates.stt import STT
+from ovos_plugin_manager.templates.tts import TTS
+
+from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.plugins import pool
+from agentvoicebox.plugins.pool import EngineSpec, Pool, cancelled
+
+FLITE = EngineSpec("tts", "agentvoicebox-tts-flite")
+
+
+@pytest.fixture
+async def engines() -> AsyncIterator[Pool]:
+    made = Pool(threads=2)
+    yield made
+    await asyncio.to_thread(made.close)
+
+
+class Plain(TTS):
+    """A stock-shaped plugin: no voice, no speed, two channels, not made for threads."""
+
+    loaded = 0
+    inside = 0
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        Plain.loaded += 1
+
+    def get_tts(self, sentence: str, wav_file: str, lang: str | None = None) -> tuple[str, None]:
+        Plain.inside += 1
+        assert Plain.inside == 1
+        time.sleep(0.01)
+        with wave.open(wav_file, "wb") as wav:
+            wav.setparams((2, 2, 22_050, 0, "NONE", ""))
+            wav.writeframes(b"\1\0\3\0" * 22_050)
+        Plain.inside -= 1
+        return wav_file, None
+
+
+class Slow(STT):
+    """Works in steps, and looks whether anybody still waits."""
+
+    begun = threading.Event()
+    steps = 0
+
+    def execute(self, audio: Any, language: str | None = None) -> str:
+        if audio.frame_data == b"\0\0":
+            raise ValueError("the secret text")
+        Slow.begun.set()
+        for _ in range(500):
+            if cancelled():
+                return ""
+            Slow.steps += 1
+            time.sleep(0.01)
+        return "done"
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "load_tts_plugin", {"plain": Plain}.get)
+    monkeypatch.setattr(pool, "load_stt_plugin", {"slow": Slow}.get)
+    Plain.loaded = Slow.steps = 0
+    Slow.begun.clear()
+
+
+async def test_a_real_engine_speaks(engines: Pool):
+    speech = await engines.speak(FLITE, "It is noon.", "en-US", "rms", 1.0)
+    assert speech.rate == 16_000
+    assert 0.3 < speech.seconds < 3
+    other = await engines.speak(FLITE, "It is noon.", "en-US", "a voice of another engine", 1.0)
+    assert other == await engines.speak(FLITE, "It is noon.", "en-US"), "an unknown voice is the engine's own choice"
+    assert other.pcm != speech.pcm
+
+
+async def test_equal_configuration_shares_one_engine_loaded_once(engines: Pool, stand_ins: None):
+    spec = EngineSpec("tts", "plain", (("a", 1),))
+    await asyncio.gather(*(engines.speak(spec, "x", "en-US") for _ in range(4)))
+    assert Plain.loaded == 1, "also when many ask at once; and the plugin was never entered twice"
+    await engines.load(EngineSpec("tts", "plain", (("a", 2),)))
+    assert Plain.loaded == 2
+
+
+async def test_any_stock_plugin_serves_and_stereo_becomes_mono(engines: Pool, stand_ins: None):
+    speech = await engines.speak(EngineSpec("tts", "plain"), "x", "en-US", "voice", 2.0)
+    assert (speech.rate, len(speech.pcm)) == (22_050, 44_100)
+    assert set(speech.pcm[::2]) == {2}
+
+
+async def test_a_missing_plugin_says_so_and_may_come_later(engines: Pool, monkeypatch: pytest.MonkeyPatch):
+    spec = EngineSpec("tts", "no-such-plugin")
+    with pytest.raises(Unavailable, match="not installed") as caught:
+        await engines.speak(spec, "x", "en-US")
+    assert caught.value.code == "engine_missing"
+    monkeypatch.setattr(pool, "load_tts_plugin", lambda name: Plain)
+    assert (await engines.speak(spec, "x", "en-US")).seconds == 1.0
+
+
+async def test_a_failing_engine_is_named_and_its_input_is_not(
+    engines: Pool, stand_ins: None, caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(Unavailable) as caught:
+        await engines.transcribe(EngineSpec("stt", "slow"), b"\0\0", 16_000, "en-US")
+    assert caught.value.code == "engine_failed"
+    assert "slow" in caught.value.message
+    assert "secret" not in caught.value.message + caplog.text
+
+
+async def test_cancelling_stops_work_that_runs_and_work_that_waits(stand_ins: None):
+    engines = Pool(threads=1)
+    spec = EngineSpec("stt", "slow")
+    await engines.load(spec)
+    running = asyncio.create_task(engines.transcribe(spec, bytes(320), 16_000, "en-US"))
+    await asyncio.to_thread(Slow.begun.wait, 5)
+    waiting = asyncio.create_task(engines.transcribe(spec, bytes(320), 16_000, "en-US"))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    running.cancel()
+    await asyncio.gather(running, waiting, return_exceptions=True)
+    await asyncio.to_thread(engines.close)  # waits for what still runs
+    assert 0 < Slow.steps < 100, "it stopped early, and the other never began"
+
+
+async def test_cancelling_kills_the_voice(engines: Pool):
+    def voices() -> list[psutil.Process]:
+        return [child for child in psutil.Process().children() if child.name() == "flite"]
+
+    await engines.load(FLITE)
+    speaking = asyncio.create_task(engines.speak(FLITE, "one two three. " * 500, "en-US", speed=0.5))
+    while not voices():
+        await asyncio.sleep(0.002)
+    speaking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await speaking
+    for _ in range(100):
+        if not voices():
+            break
+        await asyncio.sleep(0.02)
+    assert not voices()
+
+
+async def test_one_that_leaves_while_loading_does_not_take_the_engine_away(engines: Pool, stand_ins: None):
+    spec = EngineSpec("tts", "plain", (("b", 1),))
+    first = asyncio.create_task(engines.speak(spec, "x", "en-US"))
+    second = asyncio.create_task(engines.speak(spec, "x", "en-US"))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).seconds == 1.0
+
+
+def test_outside_a_pool_nobody_is_ever_gone():
+    assert cancelled() is False
+    with pool.when_cancelled(lambda: pytest.fail("nobody left")):
+        pass
