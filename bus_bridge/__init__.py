@@ -1,0 +1,1 @@
+"""A voice turn, from socket to messagebus and back."""

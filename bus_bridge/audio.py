@@ -1,0 +1,46 @@
+"""Audio between a client's rate and ours. Streams keep their filter state, so chunks join without clicks."""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+
+from agentvoicebox.bus_bridge.models import LISTENING_RATE
+
+CHUNK = 0.2
+"""Seconds of audio in one outgoing frame: small enough to start early, large enough not to be all envelope."""
+
+
+class Inlet:
+    """The client's audio, brought to 16 kHz 16-bit mono and cut into windows."""
+
+    __slots__ = ("_rest", "_stream", "rate")
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self._stream = None
+        if rate != LISTENING_RATE:
+            self._stream = soxr.ResampleStream(rate, LISTENING_RATE, 1, dtype="int16", quality="LQ")
+        self._rest = b""
+
+    def take(self, pcm: bytes, window: int) -> bytes:
+        """Add a chunk; return what now fills whole windows of `window` samples."""
+        if self._stream is not None:
+            pcm = self._stream.resample_chunk(np.frombuffer(pcm, "<i2")).tobytes()
+        pcm = self._rest + pcm
+        whole = len(pcm) - len(pcm) % (window * 2)
+        self._rest = pcm[whole:]
+        return pcm[:whole]
+
+
+def resample(pcm: bytes, source: int, target: int) -> bytes:
+    """A whole stretch of 16-bit mono audio at another rate."""
+    if source == target or not pcm:
+        return pcm
+    return bytes(soxr.resample(np.frombuffer(pcm, "<i2"), source, target, quality="HQ").astype("<i2").tobytes())
+
+
+def chunks(pcm: bytes, rate: int) -> list[bytes]:
+    """Cut audio into frames of `CHUNK` seconds."""
+    size = int(rate * CHUNK) * 2
+    return [pcm[i : i + size] for i in range(0, len(pcm), size)]

@@ -1,0 +1,325 @@
+"""The node's one connection to a cell's messagebus: it carries every session's turns and keeps them apart.
+
+A message reaches a session only when three top-level context keys and the OVOS session in it agree: `avb_session`,
+`tenant_id`, `avb_turn`, and `session.session_id`. What lacks one, or carries the session "default", goes to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.frames import Frame, Opcode
+
+from agentvoicebox.bus_bridge import cells
+from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.turnstile import Turnstile
+from agentvoicebox.config.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+MATCHING = 2.0
+"""Seconds after which a turn no longer keeps others out of matching, whatever it is doing."""
+
+CANARY = 2.5
+"""Seconds in which a healthy core answers, however busy."""
+
+MAX_MESSAGE = 4 * 1024 * 1024
+"""Bytes of one bus message; there is no audio on this bus."""
+
+# What OVOS keeps in the session from turn to turn; everything else of it is set here, afresh, for every turn.
+_CARRIED = ("active_skills", "utterance_states", "context")
+
+
+class _Session(msgspec.Struct):
+    session_id: str = ""
+
+
+class _Context(msgspec.Struct):
+    session: msgspec.Raw = msgspec.Raw(b"{}")
+    avb_session: str = ""
+    avb_turn: str = ""
+    tenant_id: str = ""
+
+
+class _Message(msgspec.Struct):
+    type: str
+    context: _Context = msgspec.field(default_factory=_Context)
+    data: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Speak(msgspec.Struct):
+    utterance: str = ""
+    expect_response: bool = False
+
+
+_MESSAGE = msgspec.json.Decoder(_Message)
+_SPEAK = msgspec.json.Decoder(_Speak)
+_SESSION = msgspec.json.Decoder(_Session)
+_ENCODER = msgspec.json.Encoder()
+
+
+class _Connection(ClientConnection):
+    """Hands every message over as it is read: a queue and a task in between would cost more than the message."""
+
+    hear: Callable[[bytes], None] | None = None
+
+    def process_event(self, event: Any) -> None:
+        if self.hear is not None and isinstance(event, Frame) and event.opcode is Opcode.TEXT and event.fin:
+            self.hear(bytes(event.data))
+        else:
+            super().process_event(event)
+
+
+class Line:
+    """One session's line to core.
+
+    `tell` receives the session's events. `context` holds further top-level context keys (strings) that every message
+    of this session carries, `disabled_skills` the skills that must not answer.
+    """
+
+    __slots__ = ("context", "disabled_skills", "id", "language", "state", "tell", "tenant_id", "turn_id")
+
+    def __init__(
+        self,
+        session_id: str,
+        tenant_id: str,
+        tell: Callable[[ev.Event], None],
+        *,
+        context: dict[str, str],
+        disabled_skills: tuple[str, ...] = (),
+    ) -> None:
+        self.id = f"avb:{session_id}"
+        self.tenant_id = tenant_id
+        self.tell = tell
+        self.context = context
+        self.disabled_skills = disabled_skills
+        self.language = "en-US"
+        self.turn_id = ""
+        """The turn that was asked last; only its messages change the OVOS session."""
+        self.state: bytes | None = None
+        """The OVOS session as the last message of a turn returned it."""
+
+
+class Bus:
+    """The connection to one cell: `connect` when it is ready, `lose` when it is gone; lines stay open over both."""
+
+    def __init__(self) -> None:
+        self._socket: ClientConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._lines: dict[str, Line] = {}
+        self._turns: dict[str, Line] = {}
+        self._turnstile = Turnstile()
+        self._canaries: dict[str, asyncio.Future[None]] = {}
+        self._writes: set[asyncio.Task[None]] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the cell can be asked."""
+        return self._socket is not None
+
+    async def connect(self, url: str) -> None:
+        """Connect to a cell's messagebus. Raises `Unavailable`."""
+        await self.close()
+        try:
+            # Frames are small and local: compression and pings would only cost.
+            self._socket = await connect(
+                url,
+                compression=None,
+                max_size=MAX_MESSAGE,
+                ping_interval=None,
+                proxy=None,
+                open_timeout=5,
+                create_connection=_Connection,
+            )
+        except (OSError, TimeoutError, WebSocketException) as error:
+            raise Unavailable(f"The messagebus does not answer: {error}.", code="cell_unavailable") from error
+        assert isinstance(self._socket, _Connection)
+        self._socket.hear = self._route
+        self._reader = asyncio.create_task(self._read(self._socket))
+
+    async def close(self) -> None:
+        """Leave the bus; turns in flight fail."""
+        socket, reader = self._socket, self._reader
+        self.lose("The assistant is shutting down.")
+        self._reader = None
+        if socket is not None:
+            await socket.close()
+        if reader is not None:
+            await asyncio.gather(reader, return_exceptions=True)
+
+    def lose(self, reason: str) -> None:
+        """The cell is gone: every turn in flight fails now, instead of waiting for an answer that cannot come."""
+        self._socket = None
+        self._turnstile.clear()
+        turns, self._turns = self._turns, {}
+        for turn_id, line in turns.items():
+            line.state = None  # its dialogue died with the cell
+            line.tell(ev.AskFailed(turn_id, "cell_lost", f"{reason} Please say it again in a few seconds."))
+        for canary in self._canaries.values():
+            if not canary.done():
+                canary.cancel()
+
+    def open(self, line: Line) -> None:
+        """From now on the line hears what is meant for it."""
+        self._lines[line.id] = line
+
+    def hang_up(self, line: Line) -> None:
+        """The session is over; core forgets it."""
+        if self._lines.pop(line.id, None) is None:
+            return
+        for turn_id in [t for t, other in self._turns.items() if other is line]:
+            self.drop(turn_id)
+        if self._socket is not None and line.state is not None:
+            context = self._context(line, line.turn_id)
+            self._send({"type": "avb.session.forget", "data": {"session_id": line.id}, "context": context})
+
+    def ask(self, line: Line, turn_id: str, text: str, language: str) -> None:
+        """Put an utterance to core, when the line's tenant has its turn."""
+        if self._socket is None:
+            message = "The assistant is restarting; please say it again in a few seconds."
+            asyncio.get_running_loop().call_soon(line.tell, ev.AskFailed(turn_id, "cell_unavailable", message))
+            return
+        self._turns[turn_id] = line
+        line.turn_id = turn_id
+        line.language = language
+        self._turnstile.enter(line.tenant_id, turn_id, lambda: self._put(line, turn_id, text))
+
+    def drop(self, turn_id: str) -> None:
+        """Nobody wants the rest of this turn."""
+        self._turns.pop(turn_id, None)
+        self._turnstile.leave(turn_id)
+
+    def playback_ended(self, line: Line, turn_id: str) -> None:
+        """Tell skills that wait for it that what they said has been played."""
+        if self._socket is not None:
+            context = self._context(line, turn_id)
+            self._send({"type": "recognizer_loop:audio_output_end", "data": {}, "context": context})
+
+    async def canary(self) -> bool:
+        """Whether core takes an utterance through its whole matching path and back within `CANARY` seconds."""
+        if self._socket is None:
+            return False
+        nonce = uuid.uuid4().hex
+        self._canaries[nonce] = asyncio.get_running_loop().create_future()
+        self._send(cells.question(nonce))
+        try:
+            await asyncio.wait_for(self._canaries[nonce], CANARY)
+        except (TimeoutError, asyncio.CancelledError):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return False
+        finally:
+            del self._canaries[nonce]
+        return True
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    def _put(self, line: Line, turn_id: str, text: str) -> None:
+        data = {"utterances": [text], "lang": line.language}
+        context = self._context(line, turn_id)
+        self._send({"type": "recognizer_loop:utterance", "data": data, "context": context})
+        asyncio.get_running_loop().call_later(MATCHING, self._turnstile.leave, turn_id)
+
+    def _context(self, line: Line, turn_id: str) -> dict[str, Any]:
+        session: dict[str, Any] = {
+            "session_id": line.id,
+            "lang": line.language,
+            "site_id": "avb",
+            "blacklisted_skills": list(line.disabled_skills),
+            "blacklisted_intents": [],
+        }
+        if line.state is not None:
+            before = msgspec.json.decode(line.state)
+            session.update({name: before[name] for name in _CARRIED if name in before})
+        return {
+            **line.context,
+            "avb_session": line.id,
+            "avb_turn": turn_id,
+            "tenant_id": line.tenant_id,
+            "source": "agentvoicebox",
+            "destination": ["skills"],
+            "session": session,
+        }
+
+    def _send(self, message: dict[str, Any]) -> None:
+        write = asyncio.create_task(self._write(_ENCODER.encode(message).decode()))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+
+    async def _write(self, frame: str) -> None:
+        socket = self._socket
+        if socket is None:
+            return
+        try:
+            await socket.send(frame)
+        except ConnectionClosed:
+            self.lose("The assistant has stopped.")
+
+    # --- in -----------------------------------------------------------------------------------------------------------
+
+    async def _read(self, socket: ClientConnection) -> None:
+        """Wait for the end of the connection; messages in pieces, which a bus does not send, would come this way."""
+        try:
+            while True:
+                self._route(await socket.recv(decode=False))
+        except ConnectionClosed:
+            if self._socket is socket:
+                self.lose("The assistant has stopped.")
+
+    def _route(self, frame: bytes) -> None:
+        # Most of what a bus carries is not ours; looking before parsing keeps that cheap.
+        if b'"avb_turn"' not in frame:
+            if self._canaries and b'"avb_canary"' in frame:
+                self._hear_canary(frame)
+            return
+        try:
+            message = _MESSAGE.decode(frame)
+            context = message.context
+            line = self._lines.get(context.avb_session)
+            if (
+                line is None
+                or context.tenant_id != line.tenant_id
+                or not context.avb_turn
+                or _SESSION.decode(context.session).session_id != line.id
+            ):
+                return
+            self._deliver(line, context.avb_turn, message)
+        except msgspec.MsgspecError:
+            log.warning("a bus message with our keys was not understood and went to nobody")
+
+    def _deliver(self, line: Line, turn_id: str, message: _Message) -> None:
+        kind = message.type
+        if kind in ("recognizer_loop:utterance", "recognizer_loop:audio_output_end"):
+            return  # our own voice coming back
+        if turn_id == line.turn_id:
+            line.state = bytes(message.context.session)
+        if kind == "speak":
+            self._turnstile.leave(turn_id)
+            said = _SPEAK.decode(message.data)
+            if said.expect_response:
+                self._turns.pop(turn_id, None)
+            line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response))
+        elif kind == "mycroft.skill.handler.start":
+            self._turnstile.leave(turn_id)
+            line.tell(ev.SkillStarted(turn_id))
+        elif kind == "ovos.utterance.handled":
+            self.drop(turn_id)
+            line.tell(ev.Handled(turn_id))
+        elif turn_id in self._turns:
+            line.tell(ev.Progressed(turn_id))
+
+    def _hear_canary(self, frame: bytes) -> None:
+        try:
+            message = msgspec.json.decode(frame)
+            for nonce, canary in self._canaries.items():
+                if cells.is_answer(message, nonce) and not canary.done():
+                    canary.set_result(None)
+        except (msgspec.MsgspecError, KeyError, TypeError):
+            return

@@ -1,0 +1,1 @@
+"""The OpenAI Realtime protocol as a pure codec onto the session's events."""

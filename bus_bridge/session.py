@@ -1,0 +1,613 @@
+"""A voice session: events in, effects and news out. It never awaits, owns no clock and knows no protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.models import (
+    BYTES_PER_SECOND,
+    SessionSettings,
+    Stamp,
+    TurnStatus,
+    timings_ms,
+)
+from agentvoicebox.bus_bridge.turns import Change, Listener, Stage, Turn, Utterance
+
+CORE_SILENCE = 10.0
+"""Seconds without any message of a turn after which it ends."""
+
+ENGINE_SILENCE = 30.0
+"""Seconds an engine may take for one piece of work."""
+
+SHORTEST_COMMIT = 0.1
+"""Seconds of audio below which a commit is refused."""
+
+LONGEST_BUFFER = 300.0
+"""Seconds of uncommitted audio a session holds when the client detects its turns itself."""
+
+READING = 0.05
+"""Seconds after which written text counts as played."""
+
+REMEMBERED_TURNS = 16
+"""How many cancelled turns are remembered, so that what they say later is not taken for a reminder."""
+
+Out = ev.Effect | ev.Told
+
+
+class Session:
+    """The state of one session. `receive` is the only way in.
+
+    `new_id(kind)` must return a fresh identifier; kinds are `item` and `resp`.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_cancelled",
+        "_dialogue",
+        "_ended",
+        "_last_item",
+        "_listener",
+        "_new_id",
+        "_open",
+        "_out",
+        "_playing_turn",
+        "_playing_until",
+        "_speaking",
+        "_turn",
+        "_unanswered",
+        "_waiting",
+        "settings",
+    )
+
+    def __init__(self, settings: SessionSettings, new_id: Callable[[str], str]) -> None:
+        self.settings = settings
+        self._new_id = new_id
+        self._buffer: bytearray | None = None
+        self._listener: Listener | None = None
+        self._speaking: Utterance | None = None
+        self._unanswered: Utterance | None = None
+        # Utterances with recognition or metering under way. None instead of empty: most sessions are idle.
+        self._open: dict[str, Utterance] | None = None
+        self._turn: Turn | None = None
+        self._waiting: deque[Turn] | None = None
+        self._cancelled: deque[str] | None = None
+        self._dialogue: str | None = None
+        self._last_item: str | None = None
+        self._playing_until: float | None = None
+        self._playing_turn = ""
+        self._ended = False
+        self._out: list[Out] = []
+
+    @property
+    def deadline(self) -> float | None:
+        """When `TimePassed` must be received, unless something else happens first; None when nothing is pending."""
+        times = [self._playing_until] if self._playing_until is not None else []
+        if self._turn is not None and self._turn.deadline != float("inf"):
+            times.append(self._turn.deadline)
+        return min(times) if times else None
+
+    @property
+    def active(self) -> bool:
+        """Whether a turn is being answered."""
+        return self._turn is not None
+
+    def receive(self, event: ev.Event, now: float) -> list[Out]:
+        """Take what happened at `now` (seconds, any steady clock); return what follows from it, in order."""
+        if self._ended:
+            return []
+        _HANDLERS[type(event)](self, event, now)
+        out, self._out = self._out, []
+        return out
+
+    # --- what the client does -----------------------------------------------------------------------------------------
+
+    def _heard(self, event: ev.Heard, now: float) -> None:
+        detection = self.settings.turn_detection
+        if detection is None or event.speech is None:
+            self._buffer = self._buffer if self._buffer is not None else bytearray()
+            if len(self._buffer) + len(event.pcm) > LONGEST_BUFFER * BYTES_PER_SECOND:
+                self._refuse("input_audio_buffer_full", f"Commit or clear the audio within {LONGEST_BUFFER:.0f} s.")
+                return
+            self._buffer += event.pcm
+            return
+        listener = self._listener
+        if listener is None:
+            listener = self._listener = Listener(detection)
+        change = listener.hear(event.pcm, event.speech)
+        if change is Change.BEGAN:
+            self._begin_utterance(listener, now)
+        utterance = self._speaking
+        if utterance is None:
+            return
+        if not listener.quiet:
+            utterance.story[Stamp.SPEECH_ENDED] = now
+        if change is Change.PAUSED:
+            self._recognise(utterance, bytes(listener.audio))
+        elif change is Change.RESUMED:
+            self._stop_recognising(utterance)
+        elif change is Change.ENDED:
+            self._end_utterance(listener, utterance, now)
+
+    def _begin_utterance(self, listener: Listener, now: float) -> None:
+        utterance = self._speaking = Utterance(self._new_id("item"))
+        utterance.story[Stamp.SPEECH_STARTED] = now
+        self._out.append(ev.SpeechStarted(utterance.item_id, listener.began_at))
+        detection = self.settings.turn_detection
+        if detection is not None and detection.interrupt_response:
+            self._drop_waiting()
+            if self._turn is not None and self._turn.stage is not Stage.SETTLING:
+                self._cancel(self._turn, "turn_detected", now)
+            self._stop_playback()
+
+    def _end_utterance(self, listener: Listener, utterance: Utterance, now: float) -> None:
+        self._out.append(ev.SpeechStopped(utterance.item_id, listener.position))
+        audio = listener.take()
+        self._speaking = None
+        if not utterance.recognising and utterance.text is None:
+            self._recognise(utterance, audio)
+        detection = self.settings.turn_detection
+        self._commit(utterance, now, answer=detection is None or detection.create_response)
+
+    def _audio_committed(self, event: ev.AudioCommitted, now: float) -> None:
+        if self._listener is not None and self._speaking is not None:
+            self._end_utterance(self._listener, self._speaking, now)
+            return
+        audio = bytes(self._buffer or b"")
+        if len(audio) < SHORTEST_COMMIT * BYTES_PER_SECOND:
+            self._refuse(
+                "input_audio_buffer_commit_empty",
+                f"There is no speech to commit: append at least {SHORTEST_COMMIT * 1000:.0f} ms of audio first.",
+                event.event_id,
+            )
+            return
+        self._buffer = None
+        utterance = Utterance(self._new_id("item"))
+        self._recognise(utterance, audio)
+        self._commit(utterance, now, answer=False)
+
+    def _audio_cleared(self, event: ev.AudioCleared, now: float) -> None:
+        self._forget_input()
+        self._out.append(ev.InputCleared())
+
+    def _text_added(self, event: ev.TextAdded, now: float) -> None:
+        utterance = Utterance(event.item_id or self._new_id("item"), text=event.text.strip(), committed=True)
+        self._out.append(ev.TextCommitted(utterance.item_id, self._last_item, event.text))
+        self._out.append(ev.Record("transcript", {"item_id": utterance.item_id, "text": event.text, "typed": True}))
+        self._last_item = utterance.item_id
+        self._unanswered = utterance
+
+    def _response_wanted(self, event: ev.ResponseWanted, now: float) -> None:
+        if self._turn is not None:
+            self._refuse(
+                "conversation_already_has_active_response",
+                f"Response {self._turn.id} is still in progress; wait for it or cancel it.",
+                event.event_id,
+            )
+            return
+        utterance, self._unanswered = self._unanswered, None
+        if utterance is None:
+            self._refuse("nothing_to_answer", "Say or write something first.", event.event_id)
+            return
+        self._enqueue(self._new_turn(utterance, event.speaks, event.metadata), now)
+
+    def _response_cancelled(self, event: ev.ResponseCancelled, now: float) -> None:
+        turn = self._turn
+        if turn is None or turn.stage is Stage.SETTLING or event.response_id not in (None, turn.id):
+            self._refuse("response_cancel_not_active", "Cancellation failed: no active response found.", event.event_id)
+            return
+        self._cancel(turn, "client_cancelled", now)
+        self._stop_playback()
+
+    def _settings_wanted(self, event: ev.SettingsWanted, now: float) -> None:
+        changes: dict[str, Any] = dict(event.changes)
+        before, self.settings = self.settings, dataclasses.replace(self.settings, **changes)
+        if before.turn_detection != self.settings.turn_detection:
+            self._forget_input()
+        self._out.append(ev.SettingsChanged(self.settings))
+
+    # --- understanding ------------------------------------------------------------------------------------------------
+
+    def _recognise(self, utterance: Utterance, audio: bytes) -> None:
+        utterance.attempt += 1
+        utterance.recognising = True
+        utterance.seconds = len(audio) / BYTES_PER_SECOND
+        self._open = self._open if self._open is not None else {}
+        self._open[utterance.item_id] = utterance
+        self._out.append(ev.Transcribe(utterance.item_id, utterance.attempt, audio, self.settings.language))
+
+    def _stop_recognising(self, utterance: Utterance) -> None:
+        if utterance.recognising:
+            self._out.append(ev.CancelTranscription(utterance.item_id, utterance.attempt))
+        utterance.recognising = False
+        utterance.text = None
+        self._close(utterance)
+
+    def _commit(self, utterance: Utterance, now: float, *, answer: bool) -> None:
+        utterance.committed = True
+        utterance.story[Stamp.COMMITTED] = now
+        self._out.append(ev.UtteranceCommitted(utterance.item_id, self._last_item))
+        self._last_item = utterance.item_id
+        if answer:
+            self._enqueue(self._new_turn(utterance), now)
+        else:
+            self._unanswered = utterance
+        if utterance.text is not None:
+            self._understood(utterance, now)
+
+    def _transcribed(self, event: ev.Transcribed, now: float) -> None:
+        utterance = self._find(event.item_id, event.attempt)
+        if utterance is None:
+            return
+        utterance.recognising = False
+        utterance.text = event.text.strip()
+        if utterance.committed:
+            self._understood(utterance, now)
+
+    def _understood(self, utterance: Utterance, now: float) -> None:
+        utterance.story.setdefault(Stamp.TRANSCRIBED, now)
+        turn = self._turn_answering(utterance)
+        if turn is None:
+            self._meter_alone(utterance)
+            return
+        self._tell_understood(utterance)
+        if turn.stage is Stage.UNDERSTANDING:
+            self._ask(turn, now)
+
+    def _meter_alone(self, utterance: Utterance) -> None:
+        """Nobody has asked for an answer: the recognition stands for itself, and is told once it is metered."""
+        if not utterance.metered:
+            utterance.metered = True
+            self._out.append(ev.Meter(utterance.item_id, utterance.seconds, 0.0))
+
+    def _tell_understood(self, utterance: Utterance) -> None:
+        self._close(utterance)
+        if utterance.told:
+            return
+        utterance.told = True
+        text = utterance.text or ""
+        self._out.append(ev.Understood(utterance.item_id, text, utterance.seconds))
+        self._out.append(ev.Record("transcript", {"item_id": utterance.item_id, "text": text}))
+
+    def _transcription_failed(self, event: ev.TranscriptionFailed, now: float) -> None:
+        utterance = self._find(event.item_id, event.attempt)
+        if utterance is None:
+            return
+        utterance.recognising = False
+        if not utterance.committed:
+            return  # it was on suspicion only; the end of speech tries again
+        self._not_understood(utterance, event.code, event.message, now)
+
+    def _not_understood(self, utterance: Utterance, code: str, message: str, now: float) -> None:
+        self._close(utterance)
+        self._out.append(ev.NotUnderstood(utterance.item_id, code, message))
+        if self._unanswered is utterance:
+            self._unanswered = None
+        turn = self._turn_answering(utterance)
+        if turn is None:
+            return
+        if turn is self._turn:
+            self._fail(turn, code, message, now)
+        elif self._waiting is not None:
+            self._waiting.remove(turn)
+
+    # --- asking and answering -----------------------------------------------------------------------------------------
+
+    def _new_turn(self, utterance: Utterance | None, speaks: bool | None = None, metadata: Any = None) -> Turn:
+        return Turn(
+            id=self._new_id("resp"),
+            item_id=self._new_id("item"),
+            utterance=utterance,
+            speaks=self.settings.speaks if speaks is None else speaks,
+            metadata=metadata,
+        )
+
+    def _enqueue(self, turn: Turn, now: float) -> None:
+        if self._turn is None:
+            self._start(turn, now)
+            return
+        if self._waiting is None:
+            self._waiting = deque()
+        self._waiting.append(turn)
+
+    def _start(self, turn: Turn, now: float) -> None:
+        self._turn = turn
+        self._out.append(ev.ReplyStarted(turn.id, turn.item_id, self._last_item, turn.speaks, turn.metadata))
+        self._last_item = turn.item_id
+        utterance = turn.utterance
+        if utterance is None:
+            pieces, turn.pieces = turn.pieces, []
+            turn.stage = Stage.ANSWERING
+            turn.handled = True
+            for text in pieces:
+                self._say(turn, text, now)
+            self._settle_if_complete(turn, now)
+            return
+        turn.stage = Stage.UNDERSTANDING
+        turn.deadline = now + ENGINE_SILENCE
+        if utterance.text is not None and Stamp.TRANSCRIBED in utterance.story:
+            self._ask(turn, now)
+        elif utterance.text is not None and Stamp.COMMITTED not in utterance.story:
+            self._ask(turn, now)  # it was written, there is nothing to recognise
+
+    def _ask(self, turn: Turn, now: float) -> None:
+        assert turn.utterance is not None
+        if not turn.utterance.text:
+            turn.handled = True
+            self._settle_if_complete(turn, now)
+            return
+        turn.stage = Stage.ASKING
+        turn.stamp(Stamp.ASKED, now)
+        turn.deadline = now + CORE_SILENCE
+        self._out.append(ev.Ask(turn.id, turn.utterance.text, self.settings.language))
+
+    def _skill_started(self, event: ev.SkillStarted, now: float) -> None:
+        if turn := self._current(event.turn_id):
+            turn.stamp(Stamp.SKILL_STARTED, now)
+            turn.deadline = now + CORE_SILENCE
+
+    def _progressed(self, event: ev.Progressed, now: float) -> None:
+        if turn := self._current(event.turn_id):
+            turn.deadline = now + CORE_SILENCE
+
+    def _spoke(self, event: ev.Spoke, now: float) -> None:
+        text = event.text.strip()
+        if not text or event.turn_id in (self._cancelled or ()):
+            return
+        turn = self._current(event.turn_id)
+        if turn is None:
+            turn = self._new_turn(None)  # a timer or reminder: nobody asked just now
+            turn.pieces.append(text)
+            self._enqueue(turn, now)
+            return
+        turn.stage = Stage.ANSWERING
+        turn.stamp(Stamp.SPOKE, now)
+        turn.deadline = now + CORE_SILENCE
+        if event.expects_response:
+            turn.listens = turn.handled = True
+        self._say(turn, text, now)
+        self._settle_if_complete(turn, now)
+
+    def _say(self, turn: Turn, text: str, now: float) -> None:
+        turn.stamp(Stamp.SPOKE, now)
+        turn.pieces.append(text)
+        self._out.append(ev.ReplyText(turn.id, text))
+        if turn.speaks:
+            self._synthesize_next(turn, now)
+        else:
+            # Nothing is played. A handler that waits for the end of playback is told; one that has ended needs no word.
+            self._playing_until = now + READING
+            self._playing_turn = turn.id
+
+    def _synthesize_next(self, turn: Turn, now: float) -> None:
+        # One at a time: the order is kept, and another session's first words come before this one's last.
+        if turn.synthesizing or turn.synthesized == len(turn.pieces):
+            return
+        turn.synthesizing = True
+        turn.deadline = now + ENGINE_SILENCE
+        self._out.append(ev.Synthesize(turn.id, turn.synthesized, turn.pieces[turn.synthesized]))
+
+    def _synthesized(self, event: ev.Synthesized, now: float) -> None:
+        turn = self._current(event.turn_id)
+        if turn is None or not turn.synthesizing or event.index != turn.synthesized:
+            return
+        turn.synthesizing = False
+        turn.synthesized += 1
+        turn.deadline = now + CORE_SILENCE
+        if event.pcm:
+            seconds = len(event.pcm) / 2 / event.rate
+            turn.stamp(Stamp.FIRST_AUDIO, now)
+            turn.audio_seconds += seconds
+            self._playing_until = max(self._playing_until or now, now) + seconds
+            self._playing_turn = turn.id
+            self._out.append(ev.ReplyAudio(turn.id, event.pcm, event.rate))
+        self._synthesize_next(turn, now)
+        self._settle_if_complete(turn, now)
+
+    def _synthesis_failed(self, event: ev.SynthesisFailed, now: float) -> None:
+        turn = self._current(event.turn_id)
+        if turn is not None and turn.synthesizing and event.index == turn.synthesized:
+            turn.synthesizing = False
+            self._fail(turn, event.code, event.message, now)
+
+    def _handled(self, event: ev.Handled, now: float) -> None:
+        if turn := self._current(event.turn_id):
+            turn.stamp(Stamp.HANDLED, now)
+            turn.handled = True
+            if not turn.speaks and self._playing_turn == turn.id:
+                self._playing_until = None
+            self._settle_if_complete(turn, now)
+
+    def _ask_failed(self, event: ev.AskFailed, now: float) -> None:
+        if turn := self._current(event.turn_id):
+            self._fail(turn, event.code, event.message, now)
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _settle_if_complete(self, turn: Turn, now: float) -> None:
+        if turn.complete and turn.stage is not Stage.SETTLING:
+            self._settle(turn, TurnStatus.COMPLETED, None, None, now)
+
+    def _cancel(self, turn: Turn, reason: str, now: float) -> None:
+        self._abandon(turn)
+        self._settle(turn, TurnStatus.CANCELLED, reason, None, now)
+
+    def _fail(self, turn: Turn, code: str, message: str, now: float) -> None:
+        self._abandon(turn)
+        self._settle(turn, TurnStatus.FAILED, code, message, now)
+
+    def _abandon(self, turn: Turn) -> None:
+        if self._cancelled is None:
+            self._cancelled = deque(maxlen=REMEMBERED_TURNS)
+        self._cancelled.append(turn.id)
+        utterance = turn.utterance
+        if utterance is not None and utterance.recognising:
+            self._stop_recognising(utterance)
+            self._out.append(
+                ev.NotUnderstood(utterance.item_id, "cancelled", "The turn ended before it was recognised.")
+            )
+        self._out.append(ev.CancelTurn(turn.id))
+
+    def _settle(self, turn: Turn, status: TurnStatus, reason: str | None, message: str | None, now: float) -> None:
+        turn.stage = Stage.SETTLING
+        turn.deadline = float("inf")  # the ledger has a time limit of its own
+        turn.ending = (status, reason, message)
+        utterance = turn.utterance
+        heard = 0.0
+        if utterance is not None and utterance.text is not None and not utterance.metered:
+            heard, utterance.metered = utterance.seconds, True
+        if heard or turn.audio_seconds:
+            self._out.append(ev.Meter(turn.id, heard, turn.audio_seconds))
+        else:
+            self._end(turn, now)
+
+    def _metered(self, event: ev.Metered, now: float) -> None:
+        turn = self._turn
+        if turn is not None and event.key == turn.id and turn.stage is Stage.SETTLING:
+            self._end(turn, now)
+            return
+        if (utterance := (self._open or {}).get(event.key)) and utterance.metered:
+            self._tell_understood(utterance)
+
+    def _metering_failed(self, event: ev.MeteringFailed, now: float) -> None:
+        turn = self._turn
+        if turn is not None and event.key == turn.id and turn.stage is Stage.SETTLING:
+            turn.ending = (TurnStatus.FAILED, event.code, event.message)
+            self._end(turn, now)
+            return
+        if (utterance := (self._open or {}).get(event.key)) and utterance.metered:
+            self._not_understood(utterance, event.code, event.message, now)
+
+    def _end(self, turn: Turn, now: float) -> None:
+        turn.stamp(Stamp.DONE, now)
+        status, reason, message = turn.ending
+        if turn.utterance is not None:
+            turn.story = {**turn.utterance.story, **turn.story}
+        self._turn = None
+        self._dialogue = turn.id if turn.listens else self._dialogue if not turn.handled else None
+        self._out.append(
+            ev.ReplyEnded(
+                turn_id=turn.id,
+                status=TurnStatus(status),
+                reason=reason,
+                message=message,
+                text=turn.text,
+                audio_seconds=turn.audio_seconds,
+                story=dict(turn.story),
+                listens=turn.listens,
+            )
+        )
+        content = {
+            "turn_id": turn.id,
+            "item_id": turn.item_id,
+            "status": status,
+            "reason": reason,
+            "text": turn.text,
+            "audio_seconds": round(turn.audio_seconds, 3),
+            "timings_ms": timings_ms(turn.story),
+        }
+        self._out.append(ev.Record("response", content))
+        if self._waiting:
+            self._start(self._waiting.popleft(), now)
+
+    def _time_passed(self, event: ev.TimePassed, now: float) -> None:
+        if self._playing_until is not None and now >= self._playing_until:
+            self._stop_playback()
+        turn = self._turn
+        if turn is None or now < turn.deadline:
+            return
+        if turn.stage is Stage.UNDERSTANDING:
+            self._fail(turn, "stt_timeout", f"Speech was not recognised within {ENGINE_SILENCE:.0f} s.", now)
+        elif turn.synthesizing:
+            self._fail(turn, "tts_timeout", f"Speech was not synthesised within {ENGINE_SILENCE:.0f} s.", now)
+        elif turn.pieces:
+            turn.handled = True
+            self._settle_if_complete(turn, now)
+        else:
+            self._fail(turn, "no_answer", f"The assistant did not answer within {CORE_SILENCE:.0f} s.", now)
+
+    def _end_session(self, event: ev.Ended, now: float) -> None:
+        self._forget_input()
+        for utterance in list((self._open or {}).values()):
+            if utterance.recognising:
+                self._stop_recognising(utterance)
+        self._drop_waiting()
+        if self._turn is not None and self._turn.stage is not Stage.SETTLING:
+            self._cancel(self._turn, "session_ended", now)
+        if self._turn is not None:
+            self._end(self._turn, now)
+        self._stop_playback()
+        self._ended = True
+
+    # --- small helpers ------------------------------------------------------------------------------------------------
+
+    def _refuse(self, code: str, message: str, event_id: str | None = None) -> None:
+        self._out.append(ev.Problem(code, message, None, event_id))
+
+    def _current(self, turn_id: str) -> Turn | None:
+        """The turn that a message of `turn_id` belongs to, if it is still being answered."""
+        turn = self._turn
+        if turn is None or turn.stage is Stage.SETTLING:
+            return None
+        # A handler that asked something back goes on under its own turn's id once it has the user's reply.
+        return turn if turn_id in (turn.id, self._dialogue) else None
+
+    def _turn_answering(self, utterance: Utterance) -> Turn | None:
+        turns = [*([self._turn] if self._turn is not None else []), *(self._waiting or ())]
+        return next((t for t in turns if t.utterance is utterance and t.stage is not Stage.SETTLING), None)
+
+    def _find(self, item_id: str, attempt: int) -> Utterance | None:
+        """The utterance this recognition result is for, unless it has been given up since."""
+        utterance = (self._open or {}).get(item_id)
+        return utterance if utterance and utterance.recognising and utterance.attempt == attempt else None
+
+    def _close(self, utterance: Utterance) -> None:
+        if self._open is not None:
+            self._open.pop(utterance.item_id, None)
+            self._open = self._open or None
+
+    def _drop_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        for turn in waiting or ():
+            # What was said stays said; only its answer is no longer wanted.
+            if turn.utterance is not None and turn.utterance.told and turn.utterance.seconds:
+                self._meter_alone(turn.utterance)
+
+    def _stop_playback(self) -> None:
+        if self._playing_until is not None:
+            self._playing_until = None
+            self._out.append(ev.PlaybackEnded(self._playing_turn))
+
+    def _forget_input(self) -> None:
+        self._buffer = None
+        self._listener = None
+        if self._speaking is not None:
+            self._stop_recognising(self._speaking)
+            self._speaking = None
+
+
+_HANDLERS: dict[type, Callable[[Session, Any, float], None]] = {
+    ev.Heard: Session._heard,
+    ev.AudioCommitted: Session._audio_committed,
+    ev.AudioCleared: Session._audio_cleared,
+    ev.TextAdded: Session._text_added,
+    ev.ResponseWanted: Session._response_wanted,
+    ev.ResponseCancelled: Session._response_cancelled,
+    ev.SettingsWanted: Session._settings_wanted,
+    ev.Transcribed: Session._transcribed,
+    ev.TranscriptionFailed: Session._transcription_failed,
+    ev.SkillStarted: Session._skill_started,
+    ev.Progressed: Session._progressed,
+    ev.Spoke: Session._spoke,
+    ev.Handled: Session._handled,
+    ev.AskFailed: Session._ask_failed,
+    ev.Synthesized: Session._synthesized,
+    ev.SynthesisFailed: Session._synthesis_failed,
+    ev.Metered: Session._metered,
+    ev.MeteringFailed: Session._metering_failed,
+    ev.TimePassed: Session._time_passed,
+    ev.Ended: Session._end_session,
+}
