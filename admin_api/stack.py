@@ -1,0 +1,253 @@
+"""Everything embedded: store, cells, engines, bridge and REST service in one process and the cells' own."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import uvicorn
+
+from agentvoicebox.admin_api import app
+from agentvoicebox.admin_api.node import Node
+from agentvoicebox.bus_bridge import cells, vad
+from agentvoicebox.bus_bridge.books import Books
+from agentvoicebox.bus_bridge.bus import Bus
+from agentvoicebox.bus_bridge.cells import Cell
+from agentvoicebox.bus_bridge.engines import Engines
+from agentvoicebox.bus_bridge.gateway import Cells, Gateway
+from agentvoicebox.bus_bridge.wire import MAX_FRAME
+from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
+from agentvoicebox.config.settings import Settings
+from agentvoicebox.plugins import models
+from agentvoicebox.plugins.pool import Pool
+from agentvoicebox.tenancy import database as stores
+from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.embedded import Postgres
+from agentvoicebox.tenancy.keys import Keyring
+from agentvoicebox.tenancy.metering import Ledger
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[[str], None]
+
+
+class Stack:
+    """One whole installation here. `start` returns when a turn can be spoken; `stop` leaves nothing running."""
+
+    database: Database
+    gateway: Gateway
+    engines: Engines
+    postgres: Postgres | None = None
+
+    def __init__(self, settings: Settings, tell: Tell = lambda step: None) -> None:
+        if settings.workers > 1:
+            raise BadInput("This release serves with one worker; leave --workers at 1.", param="workers")
+        self.settings = settings
+        self.cells: dict[str, Cell] = {}
+        self._tell = tell
+        self._exit = AsyncExitStack()
+        self._serving: asyncio.Task[None] | None = None
+        self._socket: socket.socket | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients find the node."""
+        assert self._socket is not None
+        host, port = self._socket.getsockname()[:2]
+        scheme = "https" if self.settings.tls_cert else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def start(self) -> None:
+        """Start everything. Raises `AvbError`, and then has stopped again what it had started."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stop everything, the front door first: what was used is in the books before the store goes."""
+        await self._exit.aclose()
+
+    async def finished(self) -> None:
+        """Wait until the server has ended, which it does only when it is told to or fails."""
+        assert self._serving is not None
+        await asyncio.shield(self._serving)
+
+    async def _start(self) -> None:
+        exit_stack = self._exit
+        _create_private(self.settings.data)
+        exit_stack.enter_context(owned(self.settings.data))
+        self._socket = exit_stack.enter_context(_listen(self.settings))
+        # The slowest first: core loads its skills in its own process while the rest happens here.
+        starting = [asyncio.create_task(self._start_cell(f"cell-{n + 1}")) for n in range(self.settings.cells)]
+        try:
+            await asyncio.sleep(0)  # let them begin before the store holds the loop
+            await self._open_store()
+            await self._load_engines()
+            buses = dict(await asyncio.gather(*starting))
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            raise
+        await self._serve(Cells(buses))
+
+    async def _start_cell(self, name: str) -> tuple[str, Bus]:
+        cell = self.cells[name] = Cell(name, self.settings.data / "cells" / name, self.settings.languages)
+        self._exit.push_async_callback(cell.stop)
+        await cell.start(self._tell)
+        bus = Bus()
+        self._exit.push_async_callback(bus.close)
+        await bus.connect(cell.url)
+        keeper = asyncio.create_task(self._keep_cell(cell, bus))
+        self._exit.push_async_callback(_cancelled, keeper)
+        return name, bus
+
+    async def _keep_cell(self, cell: Cell, bus: Bus) -> None:
+        connecting: set[asyncio.Task[None]] = set()
+
+        def lost(reason: str) -> None:
+            log.warning("%s is lost: %s; it is being replaced", cell.name, reason)
+            bus.lose("The assistant has stopped.")
+
+        def ready(url: str) -> None:
+            log.info("%s is back", cell.name)
+            task = asyncio.create_task(bus.connect(url))
+            connecting.add(task)
+            task.add_done_callback(connecting.discard)
+
+        await cells.keep(cell, bus.canary, lost=lost, ready=ready)
+
+    async def _open_store(self) -> None:
+        if self.settings.database is None:
+            self._tell("starting the store")
+            self.postgres = Postgres(self.settings.data)
+            self._exit.callback(self.postgres.stop)
+            self.postgres.start()
+            keeper = asyncio.create_task(self.postgres.keep())
+            self._exit.push_async_callback(_cancelled, keeper)
+            address: stores.Address = self.postgres.url
+        else:
+            self._tell("connecting to the store")
+            address = stores.external(self.settings.database)
+        await stores.prepare(address)
+        self.database = Database(address)
+        self._exit.push_async_callback(self.database.close)
+
+    async def _load_engines(self) -> None:
+        settings = self.settings
+        if settings.engine == "auto":
+            await models.fetch_defaults(settings, self._tell)
+        choice = models.choose(settings.engine, settings.models, settings.whisper)
+        if choice.notice:
+            self._tell(choice.notice)
+        self._tell(f"loading {choice.stt.plugin} and {choice.tts.plugin}")
+        pool = Pool()
+        self._exit.callback(pool.close)
+        self.engines = Engines(pool, choice)
+        await self.engines.load()
+        await asyncio.to_thread(vad.warm, settings.vad)
+
+    async def _serve(self, buses: Cells) -> None:
+        keyring = Keyring(self.database)
+        await keyring.start()
+        self._exit.push_async_callback(keyring.close)
+        ledger = Ledger(self.database)
+        self._exit.push_async_callback(ledger.close)
+        books = Books(self.database, ledger)
+        self._exit.push_async_callback(books.close)
+        self.gateway = Gateway(self.settings, self.database, keyring, buses, self.engines, books)
+        server = _Server(
+            uvicorn.Config(
+                Node(self.gateway, app.create(self.database, keyring)),
+                ws="websockets-sansio",
+                ws_max_size=MAX_FRAME,
+                ws_per_message_deflate=False,  # 200 KB a connection, for audio that does not compress
+                lifespan="off",
+                log_config=None,
+                access_log=False,  # it would write query strings
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                ssl_certfile=self.settings.tls_cert,
+                ssl_keyfile=self.settings.tls_key,
+            )
+        )
+        assert self._socket is not None
+        self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+        self._exit.push_async_callback(self._close_door, server)
+        while not server.started:
+            if self._serving.done():
+                self._serving.result()
+                raise Unavailable("The server ended while it was starting.", code="server_failed")
+            await asyncio.sleep(0.005)
+
+    async def _close_door(self, server: uvicorn.Server) -> None:
+        await self.gateway.close()
+        server.should_exit = True
+        if self._serving is not None:
+            await asyncio.gather(self._serving, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """Signals are the command line's to handle: it stops the cells and the store as well."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def owned(data: Path) -> Iterator[None]:
+    """Hold the data directory for this process alone. Raises `Conflict` when another one has it."""
+    file: IO[str] = open(os.open(data / "avb.lock", os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = file.read().strip() or "unknown"
+            raise Conflict(
+                f"{data} is in use by another `avb up` (process {holder}): stop that one, or choose another --data.",
+                code="already_running",
+            ) from error
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, AvbError):
+        await task
+
+
+def _create_private(data: Path) -> None:
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(data, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied", str(data))
+    except OSError as error:
+        raise Unavailable(
+            f"The data directory {data} cannot be used: {error.strerror}. Choose another one with --data.",
+            code="data_unavailable",
+        ) from error
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise Conflict(
+            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another one with --port.",
+            code="port_taken",
+        ) from error

@@ -1,0 +1,345 @@
+"""One turn, measured: what the bridge adds to a text turn, how fast a spoken one answers, what sessions and stack weigh.
+
+    ./run bench turn            prints one JSON object per line
+
+Everything runs against a real `avb up` in a process of its own with the offline engines. CPU is that of the node
+process, from the operating system's own accounting; idle work (polling, canaries) is measured first and taken off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import wave
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from websockets.asyncio.client import connect
+
+from agentvoicebox.bus_bridge import client
+
+TURNS = 300
+SPOKEN = 30
+SESSIONS = 1000
+QUESTION = "what time is it"
+SENTENCES = ("what time is it", "what day is it", "who am i talking to", "what is your name", "hello world")
+
+
+def report(name: str, value: float, unit: str, bar: float, against: str, **detail: Any) -> None:
+    """One line of the result; lower is better for everything here."""
+    line = {
+        "name": name,
+        "value": round(value, 3),
+        "unit": unit,
+        "bar": bar,
+        "better": "lower",
+        "pass": value <= bar,
+        "against": against,
+        "detail": detail,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def percentile(values: list[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+class Node:
+    """`avb up` on a fresh directory, a tenant, and a key."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(directory),
+            "AVB_DATA": str(directory / "data"),
+            "AVB_ENGINE": "offline",
+        }
+        self.process: subprocess.Popen[str] | None = None
+        self.url = self.key = ""
+
+    def avb(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-P", "-m", "agentvoicebox.admin_api.cli", *arguments]
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.avb("up", "--port", "0"), env=self.environ, stdout=subprocess.PIPE, stderr=sys.stderr, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("ready "):
+            raise SystemExit("the node did not start")
+        self.url = line.split()[1]
+
+    def admit(self) -> None:
+        self._json("tenant", "create", "--slug", "bench", "--name", "Bench", "--voice", "slt")
+        self.key = self._json("key", "create", "--tenant", "bench", "--name", "bench")["key"]
+
+    def _json(self, *arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            self.avb(*arguments, "--json"), env=self.environ, capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def cpu(self) -> float:
+        """Seconds of CPU the node process has used."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
+
+    def bus_url(self) -> str:
+        conf = next((self.directory / "data" / "cells").glob("*/config/mycroft/mycroft.conf"))
+        websocket = json.loads(conf.read_text())["websocket"]
+        return f"ws://{websocket['host']}:{websocket['port']}{websocket['route']}"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+class Direct:
+    """A client straight on the cell's bus: the floor."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self._session = f"bench:{uuid.uuid4().hex}"
+
+    async def turn(self) -> float:
+        """Seconds from utterance in to `speak` out."""
+        nonce = uuid.uuid4().hex
+        context = {
+            "bench": nonce,
+            "source": "bench",
+            "destination": ["skills"],
+            "session": {"session_id": self._session, "lang": "en-US", "blacklisted_skills": []},
+        }
+        data = {"utterances": [QUESTION], "lang": "en-US"}
+        begin = time.perf_counter()
+        await self._socket.send(json.dumps({"type": "recognizer_loop:utterance", "data": data, "context": context}))
+        spoke = 0.0
+        while True:
+            message = json.loads(await self._socket.recv())
+            if message["context"].get("bench") != nonce:
+                continue
+            if message["type"] == "speak":
+                spoke = time.perf_counter() - begin
+            elif message["type"] == "ovos.utterance.handled":
+                return spoke
+
+
+async def bridged_turn(session: client.Client) -> float:
+    """Seconds from `response.create` to the first `response.delta`, which is the `speak`."""
+    message = {"type": "response.create", "messages": [{"role": "user", "content": QUESTION}]}
+    begin = time.perf_counter()
+    await session.socket.send(json.dumps(message))
+    spoke = 0.0
+    while True:
+        told = json.loads(await session.socket.recv())
+        if told["type"] == "response.delta":
+            spoke = time.perf_counter() - begin
+        elif told["type"] == "response.done":
+            return spoke
+
+
+async def text_turns(node: Node) -> None:
+    tell(f"{TURNS} text turns through the bridge and {TURNS} straight on the bus, in alternating blocks")
+    async with (
+        connect(node.bus_url(), compression=None, max_size=None, proxy=None) as socket,
+        client.session(node.url, node.key, {"modality": "text"}) as session,
+    ):
+        for _ in range(2):
+            await session.socket.recv()
+        direct = Direct(socket)
+        for _ in range(20):
+            await direct.turn()
+            await bridged_turn(session)
+        idle_cpu, idle_begin = node.cpu(), time.perf_counter()
+        await asyncio.sleep(5)
+        idle = (node.cpu() - idle_cpu) / (time.perf_counter() - idle_begin)
+        floor: list[float] = []
+        bridged: list[float] = []
+        cpu = seconds = 0.0
+        for _ in range(10):
+            floor += [await direct.turn() for _ in range(TURNS // 10)]
+            before, begin = node.cpu(), time.perf_counter()
+            bridged += [await bridged_turn(session) for _ in range(TURNS // 10)]
+            cpu += node.cpu() - before
+            seconds += time.perf_counter() - begin
+    added = (statistics.median(bridged) - statistics.median(floor)) * 1000
+    report(
+        "bridge.added_latency_p50",
+        added,
+        "ms",
+        3.0,
+        "the same turn straight on the bus",
+        bridged_p50_ms=round(statistics.median(bridged) * 1000, 2),
+        direct_p50_ms=round(statistics.median(floor) * 1000, 2),
+        turns=len(bridged),
+    )
+    report(
+        "bridge.cpu_per_turn",
+        (cpu - idle * seconds) * 1000 / len(bridged),
+        "ms",
+        0.6,
+        "nothing: the direct turn has no bridge",
+        idle_cpu_percent=round(idle * 100, 2),
+        turns=len(bridged),
+    )
+
+
+def question(sentence: str, directory: Path) -> bytes:
+    """A sentence spoken by a real voice, 16 kHz 16-bit mono, cut where the sound ends."""
+    file = directory / "question.wav"
+    subprocess.run(["flite", "-voice", "slt", "-t", sentence, "-o", str(file)], check=True)
+    with wave.open(str(file)) as wav:
+        pcm = wav.readframes(wav.getnframes())
+    samples = memoryview(pcm).cast("h")
+    loud = max(i for i, sample in enumerate(samples) if abs(sample) > 300)
+    return pcm[: 2 * (loud + 1)]
+
+
+async def spoken_turns(node: Node) -> None:
+    tell(f"{SPOKEN} spoken turns, in real time")
+    size = int(16_000 * client.FRAME) * 2
+    first: list[float] = []
+    splits: list[dict[str, float]] = []
+    async with client.session(node.url, node.key, {"input_rate": 16000}) as session:
+        questions = [question(sentence, node.directory) for sentence in SENTENCES]
+        for number in range(SPOKEN + 3):
+            pcm = questions[number % len(questions)]
+            # `say` sends frame n at begin + n x FRAME: that is when the user stopped speaking.
+            begin = time.monotonic()
+            answer = await session.say(pcm, 16_000)
+            assert answer.error is None, answer.error
+            assert answer.first_audio_at is not None
+            ended = begin + (len(pcm) // size) * client.FRAME
+            if number >= 3:
+                first.append((answer.first_audio_at - ended) * 1000)
+                splits.append(answer.timings_ms)
+            await asyncio.sleep(0.3)
+    split = {
+        stage: round(statistics.median(timings.get(stage, 0.0) for timings in splits), 1)
+        for stage in ("vad", "stt", "core", "tts", "first_audio")
+    }
+    lag = round(statistics.median(first) - split["first_audio"], 1)
+    detail = {"turns": len(first), "split_p50_ms": split | {"vad_lag_and_transport": lag}, "hangover_ms": 200}
+    against = "true end of speech to first audio byte at the client"
+    report("turn.first_audio_p50", statistics.median(first), "ms", 600, against, **detail)
+    report("turn.first_audio_p95", percentile(first, 0.95), "ms", 800, against, **detail)
+
+
+@asynccontextmanager
+async def idle_sessions(node: Node, count: int) -> AsyncIterator[None]:
+    headers = {"Authorization": f"Bearer {node.key}"}
+    sockets = []
+    async with httpx.AsyncClient(headers=headers, trust_env=False, timeout=30) as http:
+        for _ in range(count):
+            made = (await http.post(f"{node.url}/api/v2/sessions", json={})).json()
+            socket = await connect(made["ws_url"], additional_headers=headers, compression=None, proxy=None)
+            await socket.recv()
+            await socket.recv()
+            sockets.append(socket)
+    yield
+    await asyncio.gather(*(socket.close() for socket in sockets))
+
+
+def resident(pid: int) -> float:
+    """Kilobytes a process holds for itself, and its share of what it shares."""
+    return psutil.Process(pid).memory_full_info().pss / 1024
+
+
+async def idle_memory(node: Node) -> None:
+    tell(f"{SESSIONS} idle sessions")
+    async with idle_sessions(node, 200):
+        pass
+    await asyncio.sleep(1)
+    async with idle_sessions(node, 20):
+        before = resident(node.pid)
+        async with idle_sessions(node, SESSIONS):
+            after = resident(node.pid)
+    report(
+        "node.memory_per_idle_session",
+        (after - before) / SESSIONS,
+        "KB",
+        40,
+        "the node with 20 sessions connected",
+        sessions=SESSIONS,
+    )
+
+
+def stack_memory(node: Node) -> None:
+    members = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    rows: dict[str, float] = {}
+    for member in members:
+        words = " ".join(member.cmdline()) or member.name()
+        name = next(
+            (known for known in ("postgres", "messagebus", "core") if known in words),
+            "node" if member.pid == node.pid else words,
+        )
+        rows[name] = rows.get(name, 0.0) + resident(member.pid) / 1024
+    report(
+        "stack.resident",
+        sum(rows.values()),
+        "MB",
+        500,
+        "all processes of avb up, proportional set size",
+        processes={name: round(size, 1) for name, size in rows.items()},
+        engines="offline pair loaded",
+    )
+
+
+def demo(directory: Path) -> None:
+    tell("the demo, twice")
+    environ = {"PATH": os.environ["PATH"], "HOME": str(directory), "AVB_ENGINE": "offline"}
+    command = [sys.executable, "-P", "-m", "agentvoicebox.admin_api.cli", "demo", "--json"]
+    for _ in range(2):
+        begin = time.time()
+        done = subprocess.run(command, env=environ, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+    turns = json.loads(done.stdout)["turns"]
+    first = min(Path(turn["wav"]).stat().st_mtime for turn in turns) - begin
+    report("demo.first_spoken_answer", first, "s", 15, "the second run", turns=len(turns))
+
+
+async def measure(directory: Path) -> None:
+    node = Node(directory)
+    node.start()
+    try:
+        node.admit()
+        stack_memory(node)
+        await text_turns(node)
+        await spoken_turns(node)
+        await idle_memory(node)
+    finally:
+        node.stop()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        asyncio.run(measure(Path(name)))
+        demo(Path(name))
+
+
+if __name__ == "__main__":
+    main()

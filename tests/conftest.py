@@ -1,0 +1,81 @@
+"""One real installation for all tests that need one: store, stock OVOS cell, engines, bridge and REST service."""
+
+from __future__ import annotations
+
+import subprocess
+import uuid
+import wave
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from agentvoicebox.admin_api.stack import Stack
+from agentvoicebox.config import settings
+from agentvoicebox.tenancy import keys, tenants
+from agentvoicebox.tenancy.voices import VoiceConfig
+
+
+@pytest.fixture(scope="session")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """The installation, on a free port, with the offline engines."""
+    data = tmp_path_factory.mktemp("stack")
+    running = Stack(settings.load({"data": data, "port": 0, "engine": "offline"}, environ={"HOME": str(data)}))
+    await running.start()
+    yield running
+    await running.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class Customer:
+    """A tenant of a test, and the key it uses."""
+
+    id: uuid.UUID
+    slug: str
+    name: str
+    key: str
+    key_id: uuid.UUID
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What its requests carry."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+
+NewCustomer = Callable[..., Awaitable[Customer]]
+
+
+@pytest.fixture(scope="session")
+def new_customer(stack: Stack) -> NewCustomer:
+    """Makes tenants; keyword arguments are those of `VoiceConfig`, `scopes` and `expires_at`."""
+
+    async def make(*, scopes: tuple[str, ...] = ("realtime",), expires_at: object = None, **voice: object) -> Customer:
+        slug = f"t-{uuid.uuid4().hex[:12]}"
+        tenant = await tenants.create(stack.database, slug, f"Tenant {slug}", voice=VoiceConfig(**voice))
+        issued = await keys.issue(stack.database, tenant.id, "test", scopes, expires_at)
+        return Customer(tenant.id, slug, tenant.name, issued.key, issued.id)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+async def customer(new_customer: NewCustomer) -> Customer:
+    """A tenant for tests that change nothing about it."""
+    return await new_customer(persona_name="Ada")
+
+
+@pytest.fixture(scope="session")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+    """Somebody saying a sentence: 16 kHz 16-bit mono audio of a real voice."""
+    directory: Path = tmp_path_factory.mktemp("speech")
+
+    def say(sentence: str, voice: str = "slt") -> bytes:
+        file = directory / f"{voice}-{sentence.replace(' ', '-')}.wav"
+        if not file.exists():
+            subprocess.run(["flite", "-voice", voice, "-t", sentence, "-o", str(file)], check=True)
+        with wave.open(str(file)) as wav:
+            assert wav.getframerate() == 16_000
+            return wav.readframes(wav.getnframes())
+
+    return say
