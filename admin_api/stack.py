@@ -22,6 +22,7 @@ from agentvoicebox.bus_bridge.bus import Bus
 from agentvoicebox.bus_bridge.cells import Cell
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.gateway import Cells, Gateway
+from agentvoicebox.bus_bridge.websocket import BatchingProtocol
 from agentvoicebox.bus_bridge.wire import MAX_FRAME
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
 from agentvoicebox.config.settings import Settings
@@ -145,7 +146,7 @@ class Stack:
     async def _load_engines(self) -> None:
         settings = self.settings
         if settings.engine == "auto":
-            await models.fetch_defaults(settings, self._tell)
+            await models.fetch_defaults(settings.models, settings.whisper, self._tell, url=settings.models_url)
         choice = models.choose(settings.engine, settings.models, settings.whisper)
         if choice.notice:
             self._tell(choice.notice)
@@ -168,7 +169,7 @@ class Stack:
         server = _Server(
             uvicorn.Config(
                 Node(self.gateway, app.create(self.database, keyring)),
-                ws="websockets-sansio",
+                ws=BatchingProtocol,
                 ws_max_size=MAX_FRAME,
                 ws_per_message_deflate=False,  # 200 KB a connection, for audio that does not compress
                 lifespan="off",

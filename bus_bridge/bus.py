@@ -30,8 +30,13 @@ MATCHING = 2.0
 CANARY = 2.5
 """Seconds in which a healthy core answers, however busy."""
 
+GATHER = "?gather=1"
+"""Query of the bridge's connection: it hears messages of turns only, several to a frame, one JSON object a line."""
+
 MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes of one bus message; there is no audio on this bus."""
+
+_NOTHING = "-"
 
 # What OVOS keeps in the session from turn to turn; everything else of it is set here, afresh, for every turn.
 _CARRIED = ("active_skills", "utterance_states", "context")
@@ -116,6 +121,7 @@ class Bus:
         self._lines: dict[str, Line] = {}
         self._turns: dict[str, Line] = {}
         self._turnstile = Turnstile()
+        self._matching: dict[str, asyncio.TimerHandle] = {}
         self._canaries: dict[str, asyncio.Future[None]] = {}
         self._writes: set[asyncio.Task[None]] = set()
 
@@ -130,7 +136,7 @@ class Bus:
         try:
             # Frames are small and local: compression and pings would only cost.
             self._socket = await connect(
-                url,
+                url + GATHER,
                 compression=None,
                 max_size=MAX_MESSAGE,
                 ping_interval=None,
@@ -141,7 +147,7 @@ class Bus:
         except (OSError, TimeoutError, WebSocketException) as error:
             raise Unavailable(f"The messagebus does not answer: {error}.", code="cell_unavailable") from error
         assert isinstance(self._socket, _Connection)
-        self._socket.hear = self._route
+        self._socket.hear = self._hear
         self._reader = asyncio.create_task(self._read(self._socket))
 
     async def close(self) -> None:
@@ -158,6 +164,9 @@ class Bus:
         """The cell is gone: every turn in flight fails now, instead of waiting for an answer that cannot come."""
         self._socket = None
         self._turnstile.clear()
+        for timer in self._matching.values():
+            timer.cancel()
+        self._matching.clear()
         turns, self._turns = self._turns, {}
         for turn_id, line in turns.items():
             line.state = None  # its dialogue died with the cell
@@ -194,7 +203,7 @@ class Bus:
     def drop(self, turn_id: str) -> None:
         """Nobody wants the rest of this turn."""
         self._turns.pop(turn_id, None)
-        self._turnstile.leave(turn_id)
+        self._leave(turn_id)
 
     def playback_ended(self, line: Line, turn_id: str) -> None:
         """Tell skills that wait for it that what they said has been played."""
@@ -225,15 +234,22 @@ class Bus:
         data = {"utterances": [text], "lang": line.language}
         context = self._context(line, turn_id)
         self._send({"type": "recognizer_loop:utterance", "data": data, "context": context})
-        asyncio.get_running_loop().call_later(MATCHING, self._turnstile.leave, turn_id)
+        self._matching[turn_id] = asyncio.get_running_loop().call_later(MATCHING, self._leave, turn_id)
+
+    def _leave(self, turn_id: str) -> None:
+        # A timer that is left to ring would wake the process for nothing, once for every turn.
+        if (timer := self._matching.pop(turn_id, None)) is not None:
+            timer.cancel()
+        self._turnstile.leave(turn_id)
 
     def _context(self, line: Line, turn_id: str) -> dict[str, Any]:
         session: dict[str, Any] = {
             "session_id": line.id,
             "lang": line.language,
             "site_id": "avb",
-            "blacklisted_skills": list(line.disabled_skills),
-            "blacklisted_intents": [],
+            # An empty list would be taken for none at all, and replaced by one that all sessions share.
+            "blacklisted_skills": list(line.disabled_skills) or [_NOTHING],
+            "blacklisted_intents": [_NOTHING],
         }
         if line.state is not None:
             before = msgspec.json.decode(line.state)
@@ -268,17 +284,19 @@ class Bus:
         """Wait for the end of the connection; messages in pieces, which a bus does not send, would come this way."""
         try:
             while True:
-                self._route(await socket.recv(decode=False))
+                self._hear(await socket.recv(decode=False))
         except ConnectionClosed:
             if self._socket is socket:
                 self.lose("The assistant has stopped.")
 
+    def _hear(self, frame: bytes) -> None:
+        for message in frame.split(b"\n"):
+            if b'"avb_turn"' in message:
+                self._route(message)
+            elif self._canaries and b'"avb_canary"' in message:
+                self._hear_canary(message)
+
     def _route(self, frame: bytes) -> None:
-        # Most of what a bus carries is not ours; looking before parsing keeps that cheap.
-        if b'"avb_turn"' not in frame:
-            if self._canaries and b'"avb_canary"' in frame:
-                self._hear_canary(frame)
-            return
         try:
             message = _MESSAGE.decode(frame)
             context = message.context
@@ -301,13 +319,13 @@ class Bus:
         if turn_id == line.turn_id:
             line.state = bytes(message.context.session)
         if kind == "speak":
-            self._turnstile.leave(turn_id)
+            self._leave(turn_id)
             said = _SPEAK.decode(message.data)
             if said.expect_response:
                 self._turns.pop(turn_id, None)
             line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response))
         elif kind == "mycroft.skill.handler.start":
-            self._turnstile.leave(turn_id)
+            self._leave(turn_id)
             line.tell(ev.SkillStarted(turn_id))
         elif kind == "ovos.utterance.handled":
             self.drop(turn_id)

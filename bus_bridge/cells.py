@@ -18,7 +18,7 @@ from typing import Any
 import websockets
 
 from agentvoicebox.config import ovos
-from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.config.errors import AvbError, Unavailable
 
 Tell = Callable[[str], None]
 
@@ -64,9 +64,9 @@ class Cell:
             failure = self._failure(f"it was not ready after {_START:.0f} s", "core")
             await self.stop(grace=0)
             raise failure from error
-        except OSError as error:
+        except (OSError, websockets.WebSocketException) as error:
             await self.stop(grace=0)
-            raise self._failure(f"{error}") from error
+            raise self._failure(str(error)) from error
         except BaseException:
             await self.stop(grace=0)
             raise
@@ -215,7 +215,7 @@ async def keep(
         losses = 0 if time.monotonic() - began > _STEADY else losses
         while True:
             await cell.stop(grace=0)
-            await asyncio.sleep(min(2.0**losses - 1, _LONGEST_PAUSE))
+            await asyncio.sleep(min(2**losses - 1, _LONGEST_PAUSE))
             losses += 1
             try:
                 await cell.start(tell)
@@ -236,7 +236,7 @@ async def _loss(cell: Cell, canary: Callable[[], Awaitable[bool]], every: float,
             try:
                 async with asyncio.timeout(patience):
                     alive = await canary()
-            except (OSError, websockets.WebSocketException, TimeoutError):
+            except (AvbError, OSError, websockets.WebSocketException):
                 alive = False
             if not alive and not death.done():
                 return f"core did not answer within {patience} s"

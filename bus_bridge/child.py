@@ -16,6 +16,7 @@ from contextlib import suppress
 from importlib import import_module
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 _GRACE = 1.0
 """Seconds a process has to end by itself after its parent is gone."""
@@ -30,6 +31,13 @@ def main() -> None:
     _keep_locks_private()
     _silence_stock_log()
     import_module(f"agentvoicebox.bus_bridge.{service}").main(*arguments)
+
+
+def replace(owner: Any, name: str, ours: Any) -> None:
+    """Put `ours` in the place of something of OVOS; a version without it is none that we know, and stops here."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"{owner} has no {name}: install the OVOS versions in config/constraints.txt")
+    setattr(owner, name, ours)
 
 
 class Bounded(io.TextIOBase):
@@ -73,7 +81,7 @@ def _keep_locks_private() -> None:
     """combo_lock keeps its lock files in shared memory, writable by every user of the machine, who may hold them."""
     from combo_lock import combo_lock
 
-    combo_lock.get_ram_directory = _private_directory
+    replace(combo_lock, "get_ram_directory", _private_directory)
 
 
 def _private_directory(folder: str) -> str:
@@ -86,7 +94,8 @@ def _silence_stock_log() -> None:
     """ovos_utils' LOG walks the whole stack before it looks at its level, at every line that it then drops."""
     from ovos_utils.log import LOG
 
-    LOG.debug = LOG.info = staticmethod(lambda *args, **kwargs: None)
+    for name in ("debug", "info"):
+        replace(LOG, name, staticmethod(lambda *args, **kwargs: None))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -35,6 +34,9 @@ MAX_OUTBOX = 16 * 1024 * 1024
 
 LINGER = 0.03
 """Seconds that "the answer has begun" may wait for the answer itself: every frame sent by itself costs a wake-up."""
+
+EARLY = 5.0
+"""Seconds by which a timer may ring early, to be armed again only then."""
 
 SLOW_CONSUMER = 1013
 NORMAL = 1000
@@ -77,6 +79,7 @@ class Connection:
         vad: str,
         receive: Receive,
         send: Send,
+        send_frames: Callable[[list[str]], Awaitable[None]],
         spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self._session = session
@@ -88,16 +91,18 @@ class Connection:
         self._vad_name = vad
         self._receive_message = receive
         self._send_message = send
+        self._send_frames = send_frames
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._inlet: audio.Inlet | None = None
         self._vad: VadStream | None = None
         self._work: dict[str, asyncio.Task[None]] | None = None
-        self._outbox: deque[str] | None = None
+        self._outbox: list[str] | None = None
         self._outbox_bytes = 0
         self._pressing = False
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
+        self._lingering: asyncio.TimerHandle | None = None
         self._closing: tuple[int, str] | None = None
         line.tell = self.hear
 
@@ -204,7 +209,7 @@ class Connection:
         frames = self._codec.encode(told, settings)
         if isinstance(told, ev.ReplyStarted) and not self._pressing:
             self._post(frames, pressing=False)
-            self._loop.call_later(LINGER, self._press)
+            self._lingering = self._loop.call_later(LINGER, self._press)
         else:
             self._post(frames)
 
@@ -275,16 +280,17 @@ class Connection:
     def _arm(self) -> None:
         """See to it that the session hears of its deadline.
 
-        An armed timer that fires early just looks again: deadlines move with every message, timers are dearer.
+        Deadlines move a little with every message: an armed timer that rings slightly early just looks again. One that
+        would ring for nothing is cancelled, since ringing wakes the process.
         """
         deadline = self._session.deadline
-        if deadline is None:
-            return
         if self._timer is not None:
-            if self._timer.when() <= deadline:
+            if deadline is not None and deadline - EARLY <= self._timer.when() <= deadline:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(deadline, self._ring)
+            self._timer = None
+        if deadline is not None:
+            self._timer = self._loop.call_at(deadline, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
@@ -306,7 +312,7 @@ class Connection:
             return
         self._pressing = self._pressing or pressing
         if self._outbox is None:
-            self._outbox = deque()
+            self._outbox = []
         self._outbox.extend(frames)
         self._outbox_bytes += sum(len(frame) for frame in frames)
         if self._outbox_bytes > MAX_OUTBOX:
@@ -319,11 +325,14 @@ class Connection:
         if self._flushing:
             return
         self._flushing = True
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
         try:
             while self._outbox:
-                frame = self._outbox.popleft()
-                self._outbox_bytes -= len(frame)
-                await self._send_message({"type": "websocket.send", "text": frame})
+                frames, self._outbox = self._outbox, []
+                self._outbox_bytes = 0
+                await self._send_frames(frames)
             self._outbox = None
             self._outbox_bytes = 0
             self._pressing = False
@@ -341,6 +350,7 @@ class Connection:
         self._follow(self._session.receive(ev.Ended(), self._loop.time()))
         for task in list((self._work or {}).values()):
             task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._lingering):
+            if timer is not None:
+                timer.cancel()
         self._bus.hang_up(self._line)

@@ -17,6 +17,7 @@ from ovos_plugin_manager import utils
 from ovos_utils import dialog
 from ovos_utils.bracket_expansion import expand_template
 
+from agentvoicebox.bus_bridge.child import replace
 from agentvoicebox.config import ovos
 
 _MAX_BRACKETS = 8
@@ -67,8 +68,8 @@ _register_words = AdaptPipeline.register_vocabulary
 
 def main() -> None:
     logging.getLogger("geocoder").setLevel(logging.CRITICAL)  # it logs the places that people ask about
-    AdaptPipeline.register_vocabulary = _register
-    dialog.expand_template = _expand
-    utils._iter_plugins = _iterate
-    skill_manager.IntentService = Prepared
+    replace(AdaptPipeline, "register_vocabulary", _register)
+    replace(dialog, "expand_template", _expand)
+    replace(utils, "_iter_plugins", _iterate)
+    replace(skill_manager, "IntentService", Prepared)
     stock.main(enable_installer=False, enable_file_watcher=False)

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -31,6 +32,7 @@ from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection
 from agentvoicebox.bus_bridge.native import NativeCodec, SessionConfig
 from agentvoicebox.bus_bridge.realtime.codec import RealtimeCodec
 from agentvoicebox.bus_bridge.session import Session
+from agentvoicebox.bus_bridge.websocket import FRAMES
 from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Refused
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import sessions, voices
@@ -173,7 +175,8 @@ class Gateway:
         )
         codec = RealtimeCodec(row.id.hex, model, int(time.time()) + LONGEST_SESSION, new_id)
         await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-        await self._serve(row.id, settings, voice, codec, grant, receive, send)
+        batching = FRAMES in scope["extensions"]
+        await self._serve(row.id, settings, voice, codec, grant, receive, send, batching)
 
     async def _serve_native(self, name: str, scope: Scope, receive: Receive, send: Send, grant: Grant) -> None:
         offered = scope["subprotocols"]
@@ -191,7 +194,8 @@ class Gateway:
             chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
             codec = NativeCodec(str(row.id), row.created_at, lambda: datetime.now(UTC))
             await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-            await self._serve(row.id, dataclasses.replace(settings, **chosen), voice, codec, grant, receive, send)
+            settings, batching = dataclasses.replace(settings, **chosen), FRAMES in scope["extensions"]
+            await self._serve(row.id, settings, voice, codec, grant, receive, send, batching)
         finally:
             self._connected.discard(row.id)
 
@@ -224,6 +228,7 @@ class Gateway:
         grant: Grant,
         receive: Receive,
         send: Send,
+        batching: bool,
     ) -> None:
         tenant_id = str(grant.tenant_id)
         line = Line(
@@ -243,6 +248,7 @@ class Gateway:
             vad=self.settings.vad,
             receive=receive,
             send=send,
+            send_frames=partial(_send_together if batching else _send_singly, send),
             spawn=self._spawn,
         )
         self._live.setdefault(grant.key_id, set()).add(connection)
@@ -325,6 +331,15 @@ def _client(scope: Scope) -> str | None:
 
 def _user_agent(headers: dict[bytes, bytes]) -> str:
     return headers.get(b"user-agent", b"").decode("latin-1")[:500]
+
+
+async def _send_together(send: Send, frames: list[str]) -> None:
+    await send({"type": FRAMES, "texts": frames})
+
+
+async def _send_singly(send: Send, frames: list[str]) -> None:
+    for frame in frames:
+        await send({"type": "websocket.send", "text": frame})
 
 
 async def _reject(send: Send, error: AvbError, realtime: bool) -> None:

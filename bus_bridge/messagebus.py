@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,26 @@ from tornado.httpserver import HTTPServer
 from tornado.web import Application, HTTPError
 from tornado.websocket import WebSocketClosedError
 
+from agentvoicebox.bus_bridge.child import replace
+
+# Seconds a message may wait for others on the bridge's connection. Waking the bridge costs more than a message does,
+# and one turn is half a dozen of them: what nobody waits for comes with what somebody does.
+_PATIENCE = {
+    "ovos.utterance.handled": 0.0,
+    "speak": 0.0,
+    "mycroft.skill.handler.start": 0.01,
+}
+_LONGEST = 0.25
+_TYPE = re.compile(r'"type":\s*"([^"]+)"')
+_OURS = '"avb_'
+_ECHO = "recognizer_loop:"
+
 
 class Handler(stock.MessageBusEventHandler):  # type: ignore[misc]
     """One client of the bus."""
+
+    _gathered: list[str] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     filter = False  # the stock property merges all configuration files, for every message
 
@@ -28,16 +47,51 @@ class Handler(stock.MessageBusEventHandler):  # type: ignore[misc]
 
     def open(self, *args: str, **kwargs: str) -> None:
         self.set_nodelay(True)
+        if self.get_query_argument("gather", None):
+            self._gathered = []
         super().open()
+
+    def on_close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().on_close()
 
     def write_message(self, message: Any, binary: bool = False) -> asyncio.Future[None]:
         """Skip a client that is just closing: the stock error would end the connection of whoever sent `message`."""
-        try:
-            written: asyncio.Future[None] = super().write_message(message, binary)
-        except WebSocketClosedError:
-            written = asyncio.get_running_loop().create_future()
-            written.set_result(None)
-        return written
+        if self._gathered is not None and isinstance(message, str):
+            self._gather(self._gathered, message)
+        else:
+            try:
+                written: asyncio.Future[None] = super().write_message(message, binary)
+                return written
+            except WebSocketClosedError:
+                pass
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def _gather(self, gathered: list[str], message: str) -> None:
+        kind = found.group(1) if (found := _TYPE.search(message, 0, 120)) else ""
+        if _OURS not in message or kind.startswith(_ECHO):
+            return
+        gathered.append(message)
+        patience = _PATIENCE.get(kind, _LONGEST)
+        loop = asyncio.get_running_loop()
+        if patience == 0.0:
+            self._deliver()
+        elif self._timer is None or loop.time() + patience < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_later(patience, self._deliver)
+
+    def _deliver(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._gathered:
+            frame, self._gathered = "\n".join(self._gathered), []
+            with suppress(WebSocketClosedError):
+                super().write_message(frame)
 
 
 def main(descriptor: str) -> None:
@@ -52,6 +106,6 @@ def main(descriptor: str) -> None:
             server.add_socket(given)
             return server
 
-    stock.MessageBusEventHandler = Handler
-    stock.web = SimpleNamespace(Application=OnSocket)
+    replace(stock, "MessageBusEventHandler", Handler)
+    replace(stock, "web", SimpleNamespace(Application=OnSocket))
     stock.main()

@@ -74,7 +74,10 @@ class FliteTTS(TTS):  # type: ignore[misc]
         kwargs = dict(kwargs or {})
         if kwargs.get("voice") in (None, "default"):
             kwargs["voice"] = self.config.get("voice", "slt")
-        return super()._get_ctxt(kwargs)
+        context = super()._get_ctxt(kwargs)
+        # Files are named after the sentence, in a directory named after the voice: the speed must be in its name.
+        context.voice = f"{context.voice}-{kwargs.get('speed') or self.config.get('speed') or 1.0}"
+        return context
 
 
 def _write_silence(wav_file: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import soxr
 from ovos_plugin_manager.stt import load_stt_plugin
 from ovos_plugin_manager.tts import load_tts_plugin
 from ovos_plugin_manager.utils.audio import AudioData
@@ -31,6 +32,8 @@ from agentvoicebox.config.errors import AvbError, Unavailable
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LISTENING_RATE = 16_000
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of our own in it; engines hand audio over in files
 
@@ -194,7 +197,7 @@ class _Engine:
 
     def transcribe(self, pcm: bytes, rate: int, language: str) -> Transcript:
         with self._lock:
-            found = self._plugin.transcribe(AudioData(pcm, rate, 2), language)
+            found = self._plugin.transcribe(AudioData(_at_listening_rate(pcm, rate), _LISTENING_RATE, 2), language)
         text, confidence = found[0] if found else ("", None)
         return Transcript((text or "").strip(), confidence, len(pcm) / 2 / rate)
 
@@ -212,6 +215,14 @@ class _Engine:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(name)
+
+
+def _at_listening_rate(pcm: bytes, rate: int) -> bytes:
+    """What the stock listener hands over; plugins such as faster-whisper's take any audio for 16 kHz."""
+    if rate == _LISTENING_RATE:
+        return pcm
+    samples = np.frombuffer(pcm[: len(pcm) // 2 * 2], "<i2")
+    return bytes(soxr.resample(samples, rate, _LISTENING_RATE).astype("<i2").tobytes())
 
 
 def _read(path: str) -> Speech:

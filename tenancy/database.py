@@ -90,8 +90,8 @@ class Database:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._app = _engine(address(roles.APP), keep=2, most=10)
-        self._system = _engine(address(roles.SYSTEM), keep=1, most=5, ping=True)
+        self._app = _engine(address, roles.APP, keep=2, most=10)
+        self._system = _engine(address, roles.SYSTEM, keep=1, most=5, ping=True)
 
     @asynccontextmanager
     async def tenant(self, tenant_id: uuid.UUID) -> AsyncIterator[AsyncSession]:
@@ -139,7 +139,7 @@ async def prepare(address: Address) -> None:
 
     Raises `Unavailable` when the server does not let us, naming why and the remedy.
     """
-    engine = _engine(address(roles.ADMIN), keep=1, most=1)
+    engine = _engine(address, roles.ADMIN, keep=1, most=1)
     try:
         async with engine.connect() as connection, connection.begin():
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
@@ -192,19 +192,19 @@ def _meaning(error: Exception) -> AvbError | None:
         )
     if isinstance(cause, psycopg.DataError):
         return _unstorable()
-    # 25006: a standby that was our server a moment ago. 58: the server's own system calls fail.
-    if isinstance(error, PoolTimeout) or isinstance(cause, psycopg.OperationalError) or state[:2] in ("08", "58"):
-        return _away()
-    if state == "25006" or (isinstance(error, DBAPIError) and error.connection_invalidated):
-        return _away()
+    # 25006: a standby that was our server a moment ago. 58 and XX: the server itself fails, as on a disk quota.
+    if (
+        isinstance(error, PoolTimeout)
+        or isinstance(cause, psycopg.OperationalError)
+        or state[:2] in ("08", "58", "XX")
+        or state == "25006"
+        or (isinstance(error, DBAPIError) and error.connection_invalidated)
+    ):
+        return Unavailable(
+            "The store does not answer: is PostgreSQL running, has its disk room, and is --database right? Try again.",
+            code="store_unavailable",
+        )
     return None
-
-
-def _away() -> Unavailable:
-    return Unavailable(
-        "The store does not answer: is PostgreSQL running, and is --database right? Try again.",
-        code="store_unavailable",
-    )
 
 
 def _unstorable() -> BadInput:
@@ -215,14 +215,14 @@ def _lacks_rights(error: DBAPIError) -> bool:
     return sqlstate(error) == "42501"
 
 
-def _engine(address: str, *, keep: int, most: int, ping: bool = False) -> AsyncEngine:
+def _engine(address: Address, role: str, *, keep: int, most: int, ping: bool = False) -> AsyncEngine:
     """An engine with at most `keep` idle connections: each idle one costs the server some 2 MB.
 
     `ping` asks a pooled connection whether it still lives before it is used, where no pinning statement does so.
     """
 
     async def creator() -> psycopg.AsyncConnection[Any]:
-        return await _connect(address)
+        return await _connect(address(role))
 
     return create_async_engine(
         "postgresql+psycopg://",

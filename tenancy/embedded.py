@@ -45,6 +45,9 @@ _PORT = 5432
 _SOCKET = f".s.PGSQL.{_PORT}"
 _LONGEST_SOCKET_PATH = 107
 _UNFINISHED = "postgres.new-"
+_OWNER = "-cagentvoicebox.owner="
+"""An argument that means nothing to PostgreSQL: the process that started it."""
+_ORPHANS = "pre-existing shared memory block"
 _PATIENCE = 120.0
 _CODE = "store_unavailable"
 
@@ -56,6 +59,8 @@ _SETTINGS = {
     "shared_buffers": "16MB",
     "max_connections": "100",
     "huge_pages": "off",
+    # In the data directory, where a killed server's leavings go with it, and containers have more room than /dev/shm.
+    "dynamic_shared_memory_type": "mmap",
     "jit": "off",
     "io_method": "sync",
     "maintenance_work_mem": "16MB",
@@ -114,6 +119,7 @@ class Postgres:
         self._data = data.absolute()
         self._process: subprocess.Popen[bytes] | None = None
         self._postmaster: Postmaster | None = None
+        self._sockets: Path | None = None
         self._log_start = 0
 
     def start(self) -> None:
@@ -126,37 +132,30 @@ class Postgres:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("Postgres.start belongs on the main thread, which lives as long as the process.")
         with self._explained(), self._locked():
-            self._reap()
             for left in self._data.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(left, ignore_errors=True)
-            self._postmaster = self._find()
-            if self._postmaster is None:
-                account = _account(self._directory)
-                for directory in (self._data, _binaries()):
-                    _open_way(account, directory)
-                self._initialise(account)
-                self._launch(account)
-            self._await_ready()
-            self._create_database()
+            deadline = time.monotonic() + _PATIENCE
+            while not self._serves(deadline):
+                time.sleep(0.1)
 
     def stop(self) -> None:
         """End the server if this object started it: connections are cut, what was committed is on disk."""
         if self._process is None:
             return
-        with self._explained(), self._locked():
-            for how, patience in ((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
-                if self._process.poll() is not None:
-                    break
-                self._process.send_signal(how)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(patience)
-            self._process = self._postmaster = None
+        for how, patience in ((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
+            if self._process.poll() is not None:
+                break
+            self._process.send_signal(how)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+        self._process = self._postmaster = None
 
     def alive(self) -> bool:
         """Whether the server that `start` found or made still runs."""
         if self._process is not None:
             return self._process.poll() is None
-        return self._postmaster is not None and self._is_ours(self._postmaster.pid)
+        found = self._find() if self._postmaster is not None else None
+        return found is not None and found.ready
 
     async def keep(self, every: float = 0.25) -> NoReturn:
         """Until cancelled, start the server again when it is gone: it crashed, or the process that had it left.
@@ -174,10 +173,10 @@ class Postgres:
                     await asyncio.sleep(every * 4)
 
     def url(self, role: str, database: str = DATABASE) -> str:
-        """The libpq address of a database, for one of the roles in `roles`. Holds no secret."""
-        if self._postmaster is None or self._postmaster.sockets is None:
+        """The libpq address of a database, for one of the roles in `roles`. Holds no secret, and outlives `stop`."""
+        if self._sockets is None:
             raise RuntimeError("start() comes first.")
-        host = quote(str(self._postmaster.sockets), safe="")
+        host = quote(str(self._sockets), safe="")
         return f"postgresql://{role}@/{quote(database, safe='')}?host={host}&port={_PORT}"
 
     def pids(self) -> list[int]:
@@ -204,15 +203,16 @@ class Postgres:
             yield
         except OSError as error:
             why = error.strerror or str(error)
+            where = f" ({error.filename})" if error.filename else ""
             raise Unavailable(
-                f"The store in {self._directory} cannot be used: {why} ({error.filename}). "
-                "Free the disk or mend the permissions, or choose another directory with --data.",
+                f"The store in {self._directory} cannot be used: {why}{where}. Free the disk or mend the permissions, "
+                "or choose another directory with --data.",
                 code=_CODE,
             ) from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time makes, starts or stops the server of this directory."""
+        """One process at a time makes or starts the server of this directory."""
         self._data.mkdir(mode=0o700, parents=True, exist_ok=True)
         deadline = time.monotonic() + _PATIENCE
         with open(self._data / "postgres.lock", "ab", opener=_private) as file:
@@ -226,10 +226,35 @@ class Postgres:
                     time.sleep(0.02)
             yield
 
-    def _reap(self) -> None:
-        """Forget a server of ours that has ended."""
+    def _serves(self, deadline: float) -> bool:
+        """Find or launch the server, and wait until it is ready; False when it is worth another try."""
         if self._process is not None and self._process.poll() is not None:
             self._process = None
+        self._postmaster = self._find()
+        if self._postmaster is None:
+            account = _account(self._directory)
+            for directory in (self._data, _binaries()):
+                _open_way(account, directory)
+            self._initialise(account)
+            self._launch(account)
+        while self._postmaster is None or not self._postmaster.ready:
+            if time.monotonic() > deadline:
+                raise self._failed("it is not ready after two minutes")
+            if self._process is None:
+                if self._postmaster is None:
+                    return False  # the server of a process that ended was on its way out
+            elif self._process.poll() is not None:
+                self._process = None
+                said = self._log_tail()
+                if _ORPHANS in said:
+                    return False  # of a server that was killed; they end with what they are doing
+                raise self._failed(_reason(said) or "it ended at once")
+            time.sleep(0.01)
+            self._postmaster = self._find()
+        self._sockets = self._postmaster.sockets
+        if self._process is not None:
+            self._create_database()
+        return True
 
     def _find(self) -> Postmaster | None:
         """The live server of this directory."""
@@ -237,20 +262,19 @@ class Postgres:
             lines = (self._directory / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return None
-        if not lines or not lines[0].isdigit() or not self._is_ours(int(lines[0])):
+        if not lines or not lines[0].isdigit():
             return None
-        sockets = Path(lines[4]) if len(lines) > 4 and lines[4] else None
-        return Postmaster(int(lines[0]), sockets, ready=len(lines) > 7 and lines[7].strip() == "ready")
-
-    def _is_ours(self, pid: int) -> bool:
-        """Whether `pid` is a postmaster of this directory, and not a stranger who got the number of a dead one."""
         try:
-            process = psutil.Process(pid)
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return False
-            return bool(process.cmdline()[1:3] == ["-D", str(self._directory.resolve())])
+            process = psutil.Process(int(lines[0]))
+            command = process.cmdline()
+            if process.status() == psutil.STATUS_ZOMBIE or command[1:3] != ["-D", str(self._directory.resolve())]:
+                return None  # a stranger got the number of a dead server
+            # Who started it is gone: it is about to end, though it may not have noticed yet.
+            orphaned = sys.platform == "linux" and f"{_OWNER}{process.ppid()}" not in command
         except psutil.Error:
-            return False
+            return None
+        ready = len(lines) > 7 and lines[7].strip() == "ready" and not orphaned
+        return Postmaster(process.pid, Path(lines[4]) if len(lines) > 4 and lines[4] else None, ready)
 
     def _initialise(self, account: Account) -> None:
         """Make the store beside its place, and move it there when it is whole."""
@@ -289,12 +313,12 @@ class Postgres:
             shutil.rmtree(fresh, ignore_errors=True)
 
     def _launch(self, account: Account) -> None:
-        sockets = self._sockets(account)
+        sockets = self._socket_directory(account)
         users = {"root", account.name, pwd.getpwuid(os.geteuid()).pw_name}
         self._write(account, "pg_hba.conf", "local all all peer map=avb\n")
         self._write(account, "pg_ident.conf", "".join(f'avb "{user}" all\n' for user in sorted(users)))
         arguments = [f"-c{name}={value}" for name, value in _SETTINGS.items()]
-        arguments.append(f"-cunix_socket_directories={_quoted(sockets)}")
+        arguments += [f"-cunix_socket_directories={_quoted(sockets)}", f"{_OWNER}{os.getpid()}"]
         environment = account.popen()
         if (stale := self._stale_pid()) is not None:
             # PostgreSQL takes any live process of that number for a postmaster. This is how it is told, by pg_ctl
@@ -314,21 +338,6 @@ class Postgres:
                 **environment,  # type: ignore[call-overload]
             )
 
-    def _await_ready(self) -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            self._postmaster = self._find()
-            if self._postmaster is not None and self._postmaster.ready:
-                return
-            if self._process is not None and self._process.poll() is not None:
-                self._process = None
-                raise self._failed(_reason(self._log_tail()) or "it ended at once")
-            if self._process is None and self._postmaster is None:
-                raise self._failed("it was stopped while we waited for it; try again")
-            if time.monotonic() > deadline:
-                raise self._failed("it is not ready after two minutes")
-            time.sleep(0.01)
-
     def _create_database(self) -> None:
         with (
             self._said(),
@@ -345,7 +354,7 @@ class Postgres:
         except psycopg.Error as error:
             raise self._failed(str(error).splitlines()[0] if str(error) else "it does not answer") from error
 
-    def _sockets(self, account: Account) -> Path:
+    def _socket_directory(self, account: Account) -> Path:
         """A directory for the socket: the store's own, or a short private one where its path does not fit."""
         own = self._directory.resolve()
         if _fits(own):
@@ -447,9 +456,10 @@ def _system_user() -> Account:
         command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER]
         try:
             made = subprocess.run(command, capture_output=True, text=True, check=False)
-            why = made.stderr.strip()
         except OSError as error:
             why = str(error)
+            break
+        why = made.stderr.strip()
     raise Unavailable(
         f"PostgreSQL does not run as root, and its user {USER!r} cannot be made ({why}): run `{' '.join(command)}`, "
         "run avb as another user, or name a server with --database.",

@@ -252,8 +252,11 @@ class Keyring:
                         connection = await self._listen()
                     await self._look(connection)
                     await _told(connection.fileno(), _POLL)
-                except Unavailable as error:
-                    _log.warning("The revocation log is out of reach: %s", error.message)
+                except Exception as error:
+                    if isinstance(error, Unavailable):
+                        _log.warning("The revocation log is out of reach: %s", error.message)
+                    else:
+                        _log.exception("The revocation log cannot be followed; trying again.")
                     if connection is not None:
                         await connection.close()
                     connection = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import math
 import time
 import uuid
@@ -16,7 +17,7 @@ import msgspec
 import psycopg
 from sqlalchemy import func, select
 
-from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.config.errors import BadInput, Unavailable
 from agentvoicebox.tenancy import roles
 from agentvoicebox.tenancy.database import Database, translated
 from agentvoicebox.tenancy.models import Metric, UsageMinute
@@ -111,7 +112,7 @@ class Ledger:
             async with asyncio.timeout(2 * PATIENCE):  # a store that hangs instead of failing
                 await waiting.counted
         except TimeoutError as error:
-            raise Unavailable("The store does not answer; usage was not counted.", code="store_unavailable") from error
+            raise Unavailable("The store does not answer in time. Try again.", code="store_unavailable") from error
 
     async def close(self) -> None:
         """Wait for the group under way, then give the connection back."""
@@ -127,14 +128,11 @@ class Ledger:
                 group = self._take()
                 try:
                     await self._commit([usage for waiting in group for usage in waiting.usages])
-                except AvbError as error:
+                except Exception as error:
                     if isinstance(error, Unavailable):
                         group += self._queue  # they wait for the same store
                         self._queue = []
                     _settle(group, error)
-                except Exception as error:
-                    _settle(group, error)
-                    raise
                 else:
                     _settle(group, None)
         finally:
@@ -192,4 +190,7 @@ def _settle(group: list[_Waiting], error: Exception | None) -> None:
         if error is None:
             waiting.counted.set_result(None)
         else:
-            waiting.counted.set_exception(error)
+            # Each waiter raises its own: an exception collects the traceback of everyone who raises it.
+            own = Unavailable(error.message, code=error.code) if isinstance(error, Unavailable) else copy.copy(error)
+            own.__cause__ = error
+            waiting.counted.set_exception(own)

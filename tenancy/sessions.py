@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, case, extract, func, insert, select, update
+from sqlalchemy import ColumnElement, case, extract, func, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from agentvoicebox.config.errors import BadInput, Conflict, NotFound
@@ -17,6 +18,14 @@ from agentvoicebox.tenancy.models import EventType, Session, SessionEvent, Sessi
 
 OPEN = (SessionStatus.CREATED, SessionStatus.ACTIVE)
 FINAL = (SessionStatus.COMPLETED, SessionStatus.TERMINATED, SessionStatus.ERROR)
+
+# One parameter however many events: every session that speaks writes here twice a second.
+_APPEND = text("""
+INSERT INTO session_events (tenant_id, session_id, sequence, event_type, content, timestamp, duration_ms)
+SELECT :tenant, :session, sequence, type, content, at, duration
+FROM jsonb_to_recordset(CAST(:events AS jsonb))
+    AS event (sequence int, type text, content jsonb, at timestamptz, duration int)
+""")
 
 _UNIQUE_VIOLATION = "23505"
 _FOREIGN_KEY_VIOLATION = "23503"
@@ -62,7 +71,6 @@ async def create(
         async with database.tenant(tenant_id) as session:
             session.add(made)
             await session.flush()
-            await session.refresh(made)
     except IntegrityError as error:
         if sqlstate(error) != _FOREIGN_KEY_VIOLATION:
             raise
@@ -128,19 +136,18 @@ async def record(database: Database, tenant_id: uuid.UUID, session_id: uuid.UUID
         return
     rows = [
         {
-            "tenant_id": tenant_id,
-            "session_id": session_id,
             "sequence": event.sequence,
-            "event_type": event.type,
+            "type": event.type,
             "content": dict(event.content),
-            "timestamp": event.timestamp,
-            "duration_ms": event.duration_ms,
+            "at": event.timestamp.isoformat(),
+            "duration": event.duration_ms,
         }
         for event in events
     ]
     try:
         async with database.tenant(tenant_id) as session:
-            await session.execute(insert(SessionEvent), rows)
+            chosen = {"tenant": tenant_id, "session": session_id, "events": json.dumps(rows)}
+            await session.execute(_APPEND, chosen)
     except IntegrityError as error:
         if sqlstate(error) == _UNIQUE_VIOLATION:
             raise Conflict("An event of that number is recorded already.", param="sequence") from error

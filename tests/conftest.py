@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import tempfile
 import uuid
 import wave
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,10 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from agentvoicebox.admin_api.stack import Stack
-from agentvoicebox.config import settings
-from agentvoicebox.tenancy import keys, tenants
-from agentvoicebox.tenancy.voices import VoiceConfig
+# OVOS looks for configuration, and writes some, when it is imported: not into the home of whoever runs the tests.
+_home = tempfile.TemporaryDirectory(prefix="agentvoicebox-tests-")
+for _name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_DIRS"):
+    os.environ[_name] = _home.name
+
+from agentvoicebox.admin_api.stack import Stack  # noqa: E402
+from agentvoicebox.config import settings  # noqa: E402
+from agentvoicebox.tenancy import keys, tenants  # noqa: E402
+from agentvoicebox.tenancy.voices import VoiceConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session")

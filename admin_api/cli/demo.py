@@ -59,9 +59,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(found: argparse.Namespace) -> int:
     """Have all turns; exit code 0 only if everything happened."""
     base = console.settings(found, port=0)
-    settings = console.settings(found, data=base.data / "demo", host="127.0.0.1", port=0)
+    quiet = "WARNING" if base.log_level == "INFO" else base.log_level  # the story is told below
+    settings = console.settings(found, data=base.data / "demo", host="127.0.0.1", port=0, log_level=quiet)
     logs.configure(settings)
-    result = uvloop.run(_perform(settings, found.json))
+    result = uvloop.run(_perform(settings))
     if found.json:
         console.emit(result)
     else:
@@ -69,7 +70,7 @@ def run(found: argparse.Namespace) -> int:
     return 0 if result["ok"] else 1
 
 
-async def _perform(settings: Settings, quiet: bool) -> dict[str, Any]:
+async def _perform(settings: Settings) -> dict[str, Any]:
     with console.progress() as tell:
         stack = Stack(settings, tell)
         await stack.start()
@@ -133,22 +134,23 @@ def _words(text: str) -> list[str]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    rows = [
-        [
-            turn["tenant"],
-            turn["transcript"],
-            turn["answer"],
-            *(f"{turn['timings_ms'][stage]:.0f}" for stage in STAGES),
-            "[green]yes[/green]" if turn["ok"] else "[red]no[/red]",
-        ]
-        for turn in result["turns"]
-    ]
-    columns = ["tenant", "understood", "answered", *(f"{s.replace('_', ' ')} ms" for s in STAGES), "ok"]
-    console.table("Turns (milliseconds from the end of speech)", columns, rows)
-    used = [[slug, f"{u[HEARD]:.2f} s", f"{u[SPOKEN]:.2f} s"] for slug, u in result["usage"].items()]
-    console.table("Metered", ["tenant", "speech understood", "speech spoken"], used)
-    console.stdout.print("The answers, to listen to:")
+    print_ = console.stdout.print
+    print_()
     for turn in result["turns"]:
-        console.stdout.print(f"  {turn['wav']}")
+        mark = "[green]✓[/green]" if turn["ok"] else "[red]✗[/red]"
+        print_(f"{mark} [bold]{turn['tenant']}[/bold] understood [bold]“{turn['transcript']}”[/bold]")
+        print_(f"  and answered in voice {turn['voice']}: [bold]“{turn['answer']}”[/bold]")
+    print_("  Globex has the date-time skill switched off: same question, other answer.\n")
+    rows = [
+        [f"{turn['tenant']} {number}", *(f"{turn['timings_ms'][stage]:.0f}" for stage in STAGES)]
+        for number, turn in enumerate(result["turns"], 1)
+    ]
+    names = [stage.replace("_", " ") for stage in STAGES]
+    console.table("Milliseconds, from the end of speech", ["turn", *names], rows)
+    used = [[slug, f"{u[HEARD]:.2f}", f"{u[SPOKEN]:.2f}"] for slug, u in result["usage"].items()]
+    console.table("Metered, seconds of audio", ["tenant", "understood", "spoken"], used)
+    print_("The answers, to listen to:")
+    for turn in result["turns"]:
+        print(f"  {turn['wav']}")
     if not result["ok"]:
-        console.stdout.print("[red]Something did not happen as it should: see the rows above.[/red]")
+        print_("[red]Something did not happen as it should: see the lines marked ✗.[/red]")

@@ -28,10 +28,9 @@ def show(found: argparse.Namespace) -> int:
     if found.json:
         console.emit([{"name": m.name, "kind": m.kind, "bytes": m.size, "installed": m.installed} for m in rows])
         return 0
-    lines = [
-        [m.name, m.kind, f"{m.size / 1e6:.0f} MB", "yes" if m.installed else f"avb models pull {m.name}"] for m in rows
-    ]
+    lines = [[m.name, m.kind, f"{m.size / 1e6:.0f} MB", "[green]yes[/green]" if m.installed else "no"] for m in rows]
     console.table(f"Speech models in {settings.models}", ["model", "kind", "size", "here"], lines)
+    console.stdout.print("Fetch one with: avb models pull NAME")
     return 0
 
 
@@ -48,12 +47,13 @@ def fetch(found: argparse.Namespace) -> int:
 
 
 def _pull(settings: Settings, name: str) -> None:
+    def pull(tell: models.Tell) -> None:
+        models.pull(name, settings.models, tell, url=settings.models_url)
+
+    if not console.stderr.is_terminal:
+        pull(lambda done, total: None)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console.stderr, disable=not console.stderr.is_terminal) as bar:
+    with Progress(*columns, console=console.stderr) as bar:
         task = bar.add_task(name, total=None)
-        models.pull(
-            name,
-            settings.models,
-            lambda done, total: bar.update(task, completed=done, total=total),
-            url=settings.models_url,
-        )
+        pull(lambda done, total: bar.update(task, completed=done, total=total))

@@ -165,7 +165,7 @@ def test_the_doctor_and_the_models(installation: Installation, node: Any):
     assert {"flite", "skills", "data directory", "PostgreSQL"} <= {finding["what"] for finding in findings}
     assert all(finding["remedy"] for finding in findings if finding["state"] != "ok")
     listed = installation.avb("models", "--json")
-    assert {"base", "kokoro"} <= {name for model in json.loads(listed.stdout) for name in (model["name"],)}
+    assert {"faster-whisper-base", "kokoro"} <= {name for model in json.loads(listed.stdout) for name in (model["name"],)}
 
 
 def test_the_operator_key_is_private(installation: Installation, node: Any):

@@ -1,4 +1,4 @@
-"""One turn, measured: what the bridge adds to a text turn, how fast a spoken one answers, what sessions and stack weigh.
+"""One turn, measured: what the bridge adds, how fast a spoken one is answered, what sessions and the stack weigh.
 
     ./run bench turn            prints one JSON object per line
 

@@ -123,6 +123,12 @@ async def test_handlers_that_wait_stop_nobody_else(bus) -> None:
     await until("ovos.utterance.handled")
 
 
+@pytest.mark.parametrize("utterance", ["in a " * 16, "(a|b) " * 100, "x" * 100_000, "when what who " * 100])
+async def test_no_utterance_keeps_core_busy(bus, utterance: str) -> None:
+    """Stock Adapt needs hours for the first, with a regular expression that the date-time skill brings along."""
+    assert (await bus.say(utterance)).skill == UNKNOWN
+
+
 async def test_brackets_in_what_is_said_keep_nobody_busy(bus) -> None:
     """Stock core expands them, when a skill repeats them, into two to the power of their number sentences."""
     said, session = "(a|b) " * 40, {"session_id": "brackets"}

@@ -43,6 +43,7 @@ try:
 except Unavailable as error:
     sys.exit(f"{error.code}: {error.message}")
 """
+BUSY = "SELECT count(*) FROM generate_series(1, 10000000)"
 
 
 def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -149,8 +150,32 @@ def test_kill_9_of_the_parent_leaves_no_postgres(data: Path) -> None:
     parent.kill()
     parent.communicate()
     assert eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_start_right_after_kill_9_waits_for_the_old_server_to_end(data: Path) -> None:
+    parent = spawn(HOLD, data)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.communicate()
     with serving(data) as postgres:
+        assert postgres.pids()[0] not in pids
         assert ask(postgres, "SELECT one FROM kept") == [(1,)]
+
+
+def test_a_start_waits_for_orphans_of_a_killed_server(data: Path) -> None:
+    """They are at work on the same files, and notice that their postmaster is gone when their query ends."""
+    with serving(data) as postgres:
+        busy = threading.Thread(target=ask, args=(postgres, BUSY))
+        with psycopg.connect(postgres.url(roles.ADMIN, "postgres"), autocommit=True) as connection:
+            busy.start()
+            is_busy = "SELECT count(*) FROM pg_stat_activity WHERE query = %s AND state = 'active'"
+            assert eventually(lambda: connection.execute(is_busy, (BUSY,)).fetchone() == (1,))
+        os.kill(postgres.pids()[0], signal.SIGKILL)
+        assert eventually(lambda: not postgres.alive())
+        postgres.start()
+        assert ask(postgres, "SELECT one FROM kept") == [(1,)]
+        busy.join()
 
 
 def test_kill_9_during_the_first_start_blocks_nothing(tmp_path: Path) -> None:
@@ -224,7 +249,9 @@ def test_a_path_of_odd_characters(made: Path, tmp_path: Path) -> None:
     data = tmp_path / "a b,c%d'e\"f:g ü"
     subprocess.run(["cp", "-a", made, data], check=True)
     with serving(data) as postgres:
+        sockets = sockets_of(postgres)
         assert ask(postgres, "SELECT one FROM kept") == [(1,)]
+    sockets.rmdir()  # elsewhere: libpq takes a comma for the end of a host
 
 
 def test_directories_above_stay_closed_to_others(made: Path, tmp_path: Path) -> None:
@@ -251,6 +278,22 @@ def test_no_access_control_list_means_an_error_that_helps(tmp_path: Path, monkey
         embedded._grant(Account("agentvoicebox", 999, 999, switch=True), tmp_path, acl.SEARCH)
     assert caught.value.code == "store_unavailable"
     assert str(tmp_path) in caught.value.message
+
+
+def test_a_system_user_that_cannot_be_made_means_an_error_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "USER", "agentvoicebox-test")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(Unavailable, match="useradd --system --no-create-home --shell /usr/sbin/nologin"):
+        embedded._system_user()
+
+
+def test_a_store_of_another_user_is_not_taken_over(data: Path) -> None:
+    if os.geteuid() == 0:
+        subprocess.run(["chown", "-R", "nobody", data / "postgres"], check=True)
+        with pytest.raises(Unavailable, match="chown -R agentvoicebox"), serving(data):
+            pass
+    else:
+        assert embedded._account(data / "postgres").uid == os.geteuid()
 
 
 def test_programs_installed_for_one_user_only_are_opened_for_the_server(tmp_path: Path) -> None:
