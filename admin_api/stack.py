@@ -246,9 +246,12 @@ def _create_private(data: Path) -> None:
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listening = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise Conflict(
             f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Choose another one with --port.",
             code="port_taken",
         ) from error
+    # Connections inherit it: a frame must not wait for the acknowledgement of the one before.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

@@ -17,7 +17,7 @@ from agentvoicebox.tenancy.models import EventType, Metric, SessionStatus
 
 log = logging.getLogger(__name__)
 
-SOON = 0.5
+SOON = 1.0
 """Seconds that a line of history may wait for others, so that many cost one transaction."""
 
 MOST_WAITING = 10_000

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidState, WebSocketException
 from websockets.frames import Frame, Opcode
 
 from agentvoicebox.bus_bridge import cells
@@ -38,12 +38,17 @@ MAX_MESSAGE = 4 * 1024 * 1024
 
 _NOTHING = "-"
 
-# What OVOS keeps in the session from turn to turn; everything else of it is set here, afresh, for every turn.
-_CARRIED = ("active_skills", "utterance_states", "context")
-
 
 class _Session(msgspec.Struct):
     session_id: str = ""
+
+
+class _State(msgspec.Struct, omit_defaults=True):
+    """What OVOS keeps in its session from turn to turn; everything else of it is set here, afresh, for every turn."""
+
+    active_skills: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    utterance_states: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    context: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Context(msgspec.Struct):
@@ -67,6 +72,7 @@ class _Speak(msgspec.Struct):
 _MESSAGE = msgspec.json.Decoder(_Message)
 _SPEAK = msgspec.json.Decoder(_Speak)
 _SESSION = msgspec.json.Decoder(_Session)
+_STATE = msgspec.json.Decoder(_State)
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -81,33 +87,60 @@ class _Connection(ClientConnection):
         else:
             super().process_event(event)
 
+    def write(self, frame: bytes) -> None:
+        """Send a text frame now. A bus that does not read is found out by the canary, not by waiting here."""
+        self.protocol.send_text(frame)
+        self.send_data()
+
+
+def _ignore(event: ev.Event) -> None:
+    """A line that nobody listens to yet."""
+
+
+def _nothing() -> None:
+    """As `_ignore`."""
+
 
 class Line:
     """One session's line to core.
 
-    `tell` receives the session's events. `context` holds further top-level context keys (strings) that every message
-    of this session carries, `disabled_skills` the skills that must not answer.
+    `tell` receives the session's events, and `settle` the word that no more come at this moment. `context` holds
+    further top-level context keys (strings) that every message of this session carries, `disabled_skills` the skills
+    that must not answer.
     """
 
-    __slots__ = ("context", "disabled_skills", "id", "language", "state", "tell", "tenant_id", "turn_id")
+    __slots__ = (
+        "asker",
+        "context",
+        "disabled_skills",
+        "id",
+        "language",
+        "settle",
+        "state",
+        "tell",
+        "tenant_id",
+        "turn_id",
+    )
 
     def __init__(
         self,
         session_id: str,
         tenant_id: str,
-        tell: Callable[[ev.Event], None],
         *,
         context: dict[str, str],
         disabled_skills: tuple[str, ...] = (),
     ) -> None:
         self.id = f"avb:{session_id}"
         self.tenant_id = tenant_id
-        self.tell = tell
+        self.tell: Callable[[ev.Event], None] = _ignore
+        self.settle: Callable[[], None] = _nothing
         self.context = context
         self.disabled_skills = disabled_skills
         self.language = "en-US"
         self.turn_id = ""
-        """The turn that was asked last; only its messages change the OVOS session."""
+        """The turn that was asked last; its messages change the OVOS session, and those of `asker`."""
+        self.asker = ""
+        """The turn whose handler has asked something back, and goes on under its id once it has the reply."""
         self.state: bytes | None = None
         """The OVOS session as the last message of a turn returned it."""
 
@@ -116,14 +149,13 @@ class Bus:
     """The connection to one cell: `connect` when it is ready, `lose` when it is gone; lines stay open over both."""
 
     def __init__(self) -> None:
-        self._socket: ClientConnection | None = None
+        self._socket: _Connection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._lines: dict[str, Line] = {}
         self._turns: dict[str, Line] = {}
         self._turnstile = Turnstile()
-        self._matching: dict[str, asyncio.TimerHandle] = {}
+        self._impatient: asyncio.TimerHandle | None = None
         self._canaries: dict[str, asyncio.Future[None]] = {}
-        self._writes: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
@@ -135,7 +167,7 @@ class Bus:
         await self.close()
         try:
             # Frames are small and local: compression and pings would only cost.
-            self._socket = await connect(
+            socket = await connect(
                 url + GATHER,
                 compression=None,
                 max_size=MAX_MESSAGE,
@@ -146,9 +178,10 @@ class Bus:
             )
         except (OSError, TimeoutError, WebSocketException) as error:
             raise Unavailable(f"The messagebus does not answer: {error}.", code="cell_unavailable") from error
-        assert isinstance(self._socket, _Connection)
-        self._socket.hear = self._hear
-        self._reader = asyncio.create_task(self._read(self._socket))
+        assert isinstance(socket, _Connection)
+        socket.hear = self._hear
+        self._socket = socket
+        self._reader = asyncio.create_task(self._read(socket))
 
     async def close(self) -> None:
         """Leave the bus; turns in flight fail."""
@@ -164,13 +197,11 @@ class Bus:
         """The cell is gone: every turn in flight fails now, instead of waiting for an answer that cannot come."""
         self._socket = None
         self._turnstile.clear()
-        for timer in self._matching.values():
-            timer.cancel()
-        self._matching.clear()
         turns, self._turns = self._turns, {}
         for turn_id, line in turns.items():
             line.state = None  # its dialogue died with the cell
             line.tell(ev.AskFailed(turn_id, "cell_lost", f"{reason} Please say it again in a few seconds."))
+            line.settle()
         for canary in self._canaries.values():
             if not canary.done():
                 canary.cancel()
@@ -193,17 +224,21 @@ class Bus:
         """Put an utterance to core, when the line's tenant has its turn."""
         if self._socket is None:
             message = "The assistant is restarting; please say it again in a few seconds."
-            asyncio.get_running_loop().call_soon(line.tell, ev.AskFailed(turn_id, "cell_unavailable", message))
+            failed = ev.AskFailed(turn_id, "cell_unavailable", message)
+            # In the next round: whoever asks is in the middle of something.
+            asyncio.get_running_loop().call_soon(lambda: (line.tell(failed), line.settle()))
             return
         self._turns[turn_id] = line
         line.turn_id = turn_id
         line.language = language
         self._turnstile.enter(line.tenant_id, turn_id, lambda: self._put(line, turn_id, text))
+        if self._impatient is None and self._turnstile.waiting:
+            self._impatient = asyncio.get_running_loop().call_later(MATCHING, self._release, self._turnstile.inside)
 
     def drop(self, turn_id: str) -> None:
         """Nobody wants the rest of this turn."""
         self._turns.pop(turn_id, None)
-        self._leave(turn_id)
+        self._turnstile.leave(turn_id)
 
     def playback_ended(self, line: Line, turn_id: str) -> None:
         """Tell skills that wait for it that what they said has been played."""
@@ -234,13 +269,14 @@ class Bus:
         data = {"utterances": [text], "lang": line.language}
         context = self._context(line, turn_id)
         self._send({"type": "recognizer_loop:utterance", "data": data, "context": context})
-        self._matching[turn_id] = asyncio.get_running_loop().call_later(MATCHING, self._leave, turn_id)
 
-    def _leave(self, turn_id: str) -> None:
-        # A timer that is left to ring would wake the process for nothing, once for every turn.
-        if (timer := self._matching.pop(turn_id, None)) is not None:
-            timer.cancel()
-        self._turnstile.leave(turn_id)
+    def _release(self, inside: frozenset[str]) -> None:
+        """Let others in although these have not come out: whatever they do, matching is long over."""
+        self._impatient = None
+        for turn_id in inside:
+            self._turnstile.leave(turn_id)
+        if self._turnstile.waiting:
+            self._impatient = asyncio.get_running_loop().call_later(MATCHING, self._release, self._turnstile.inside)
 
     def _context(self, line: Line, turn_id: str) -> dict[str, Any]:
         session: dict[str, Any] = {
@@ -252,8 +288,10 @@ class Bus:
             "blacklisted_intents": [_NOTHING],
         }
         if line.state is not None:
-            before = msgspec.json.decode(line.state)
-            session.update({name: before[name] for name in _CARRIED if name in before})
+            before = _STATE.decode(line.state)
+            session["active_skills"] = before.active_skills
+            session["utterance_states"] = before.utterance_states
+            session["context"] = before.context
         return {
             **line.context,
             "avb_session": line.id,
@@ -265,18 +303,13 @@ class Bus:
         }
 
     def _send(self, message: dict[str, Any]) -> None:
-        write = asyncio.create_task(self._write(_ENCODER.encode(message).decode()))
-        self._writes.add(write)
-        write.add_done_callback(self._writes.discard)
-
-    async def _write(self, frame: str) -> None:
-        socket = self._socket
-        if socket is None:
+        if self._socket is None:
             return
         try:
-            await socket.send(frame)
-        except ConnectionClosed:
-            self.lose("The assistant has stopped.")
+            self._socket.write(_ENCODER.encode(message))
+        except (InvalidState, OSError):
+            # In the next round: whoever asks is in the middle of something.
+            asyncio.get_running_loop().call_soon(self.lose, "The assistant has stopped.")
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
@@ -290,13 +323,17 @@ class Bus:
                 self.lose("The assistant has stopped.")
 
     def _hear(self, frame: bytes) -> None:
+        told: set[Line] = set()
         for message in frame.split(b"\n"):
             if b'"avb_turn"' in message:
-                self._route(message)
+                if (line := self._route(message)) is not None:
+                    told.add(line)
             elif self._canaries and b'"avb_canary"' in message:
                 self._hear_canary(message)
+        for line in told:
+            line.settle()
 
-    def _route(self, frame: bytes) -> None:
+    def _route(self, frame: bytes) -> Line | None:
         try:
             message = _MESSAGE.decode(frame)
             context = message.context
@@ -307,28 +344,33 @@ class Bus:
                 or not context.avb_turn
                 or _SESSION.decode(context.session).session_id != line.id
             ):
-                return
+                return None
             self._deliver(line, context.avb_turn, message)
         except msgspec.MsgspecError:
             log.warning("a bus message with our keys was not understood and went to nobody")
+            return None
+        return line
 
     def _deliver(self, line: Line, turn_id: str, message: _Message) -> None:
         kind = message.type
         if kind in ("recognizer_loop:utterance", "recognizer_loop:audio_output_end"):
             return  # our own voice coming back
-        if turn_id == line.turn_id:
+        if turn_id in (line.turn_id, line.asker):
             line.state = bytes(message.context.session)
         if kind == "speak":
-            self._leave(turn_id)
+            self._turnstile.leave(turn_id)
             said = _SPEAK.decode(message.data)
             if said.expect_response:
                 self._turns.pop(turn_id, None)
+                line.asker = turn_id
             line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response))
         elif kind == "mycroft.skill.handler.start":
-            self._leave(turn_id)
+            self._turnstile.leave(turn_id)
             line.tell(ev.SkillStarted(turn_id))
         elif kind == "ovos.utterance.handled":
             self.drop(turn_id)
+            if turn_id == line.asker:
+                line.asker = ""
             line.tell(ev.Handled(turn_id))
         elif turn_id in self._turns:
             line.tell(ev.Progressed(turn_id))

@@ -32,9 +32,6 @@ SLICE = 2.0
 MAX_OUTBOX = 16 * 1024 * 1024
 """Bytes waiting for a client that does not read, beyond which it is disconnected."""
 
-LINGER = 0.03
-"""Seconds that "the answer has begun" may wait for the answer itself: every frame sent by itself costs a wake-up."""
-
 EARLY = 5.0
 """Seconds by which a timer may ring early, to be armed again only then."""
 
@@ -79,7 +76,7 @@ class Connection:
         vad: str,
         receive: Receive,
         send: Send,
-        send_frames: Callable[[list[str]], Awaitable[None]],
+        write_frames: Callable[[list[str]], bool] | None,
         spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self._session = session
@@ -91,7 +88,7 @@ class Connection:
         self._vad_name = vad
         self._receive_message = receive
         self._send_message = send
-        self._send_frames = send_frames
+        self._write_frames = write_frames
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._inlet: audio.Inlet | None = None
@@ -102,9 +99,9 @@ class Connection:
         self._pressing = False
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
-        self._lingering: asyncio.TimerHandle | None = None
         self._closing: tuple[int, str] | None = None
-        line.tell = self.hear
+        line.tell = self._note
+        line.settle = self._settle
 
     async def run(self) -> int:
         """Serve the client until it leaves, ends the session, or `close` is called."""
@@ -118,7 +115,7 @@ class Connection:
                     return int(message.get("code") or NORMAL)
                 frame = message.get("text")
                 await self._take(frame if frame is not None else message.get("bytes") or b"")
-                if self._pressing:
+                if self._pressing and not self._write():
                     await self._flush()
             return self._closing[0]
         finally:
@@ -126,8 +123,19 @@ class Connection:
 
     def hear(self, event: ev.Event) -> None:
         """Something happened: let the session decide what follows, and do it."""
+        self._note(event)
+        self._settle()
+
+    def _note(self, event: ev.Event) -> None:
+        # "The answer has begun" waits for the next thing that happens: a frame by itself would cost a wake-up.
+        waiting = bool(self._outbox)
         self._follow(self._session.receive(event, self._loop.time()))
-        if self._pressing and not self._flushing:
+        self._pressing = self._pressing or waiting
+
+    def _settle(self) -> None:
+        """Nothing more happens right now: send what there is to send, and set the timer."""
+        self._arm()
+        if self._pressing and not self._flushing and not self._write():
             self._spawn(self._flush())
 
     def close(self, code: int, reason: str, problem: ev.Problem | None = None) -> None:
@@ -197,7 +205,6 @@ class Connection:
                 self._do(item)
             else:
                 self._tell(item)
-        self._arm()
 
     def _tell(self, told: ev.Told) -> None:
         settings = self._session.settings
@@ -206,12 +213,7 @@ class Connection:
             for chunk in audio.chunks(audio.resample(told.pcm, told.rate, rate), rate):
                 self._post(self._codec.encode(ev.ReplyAudio(told.turn_id, chunk, rate), settings))
             return
-        frames = self._codec.encode(told, settings)
-        if isinstance(told, ev.ReplyStarted) and not self._pressing:
-            self._post(frames, pressing=False)
-            self._lingering = self._loop.call_later(LINGER, self._press)
-        else:
-            self._post(frames)
+        self._post(self._codec.encode(told, settings), pressing=not isinstance(told, ev.ReplyStarted))
 
     def _do(self, effect: ev.Effect) -> None:
         match effect:
@@ -302,11 +304,6 @@ class Connection:
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
-    def _press(self) -> None:
-        if self._outbox and not self._flushing:
-            self._pressing = True
-            self._spawn(self._flush())
-
     def _post(self, frames: list[str], *, pressing: bool = True) -> None:
         if not frames or self._closing is not None:
             return
@@ -320,22 +317,29 @@ class Connection:
             self._outbox.clear()
             self.close(SLOW_CONSUMER, "slow consumer")
 
+    def _write(self) -> bool:
+        """Send what is waiting right now, if the server can do that and the client keeps up."""
+        if self._write_frames is None or self._closing is not None or not self._write_frames(self._outbox or []):
+            return False
+        self._sent()
+        return True
+
+    def _sent(self) -> None:
+        self._outbox = None
+        self._outbox_bytes = 0
+        self._pressing = False
+
     async def _flush(self) -> None:
         """Send what is waiting; one at a time, so that frames keep their order."""
         if self._flushing:
             return
         self._flushing = True
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
         try:
             while self._outbox:
-                frames, self._outbox = self._outbox, []
-                self._outbox_bytes = 0
-                await self._send_frames(frames)
-            self._outbox = None
-            self._outbox_bytes = 0
-            self._pressing = False
+                frames = self._outbox
+                self._sent()
+                for frame in frames:
+                    await self._send_message({"type": "websocket.send", "text": frame})
             if self._closing is not None:
                 code, reason = self._closing
                 await self._send_message({"type": "websocket.close", "code": code, "reason": reason})
@@ -350,7 +354,6 @@ class Connection:
         self._follow(self._session.receive(ev.Ended(), self._loop.time()))
         for task in list((self._work or {}).values()):
             task.cancel()
-        for timer in (self._timer, self._lingering):
-            if timer is not None:
-                timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._bus.hang_up(self._line)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import re
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -175,8 +175,7 @@ class Gateway:
         )
         codec = RealtimeCodec(row.id.hex, model, int(time.time()) + LONGEST_SESSION, new_id)
         await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-        batching = FRAMES in scope["extensions"]
-        await self._serve(row.id, settings, voice, codec, grant, receive, send, batching)
+        await self._serve(row.id, settings, voice, codec, grant, receive, send, scope["extensions"].get(FRAMES))
 
     async def _serve_native(self, name: str, scope: Scope, receive: Receive, send: Send, grant: Grant) -> None:
         offered = scope["subprotocols"]
@@ -194,8 +193,8 @@ class Gateway:
             chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
             codec = NativeCodec(str(row.id), row.created_at, lambda: datetime.now(UTC))
             await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-            settings, batching = dataclasses.replace(settings, **chosen), FRAMES in scope["extensions"]
-            await self._serve(row.id, settings, voice, codec, grant, receive, send, batching)
+            settings = dataclasses.replace(settings, **chosen)
+            await self._serve(row.id, settings, voice, codec, grant, receive, send, scope["extensions"].get(FRAMES))
         finally:
             self._connected.discard(row.id)
 
@@ -228,13 +227,12 @@ class Gateway:
         grant: Grant,
         receive: Receive,
         send: Send,
-        batching: bool,
+        write_frames: Callable[[list[str]], bool] | None,
     ) -> None:
         tenant_id = str(grant.tenant_id)
         line = Line(
             str(session_id),
             tenant_id,
-            _nobody,
             context={"tenant_name": grant.tenant_name, "persona_name": voice.persona_name},
             disabled_skills=voice.disabled_skills,
         )
@@ -248,7 +246,7 @@ class Gateway:
             vad=self.settings.vad,
             receive=receive,
             send=send,
-            send_frames=partial(_send_together if batching else _send_singly, send),
+            write_frames=write_frames,
             spawn=self._spawn,
         )
         self._live.setdefault(grant.key_id, set()).add(connection)
@@ -298,13 +296,13 @@ class Gateway:
             log.error("a session's work failed unexpectedly", exc_info=error)
 
 
+_process = secrets.token_hex(8)
+_numbers = itertools.count(1)
+
+
 def new_id(kind: str) -> str:
-    """A fresh identifier, as in `resp_Cl7…`; long enough never to meet its like."""
-    return f"{kind}_{secrets.token_urlsafe(15)}"
-
-
-def _nobody(event: ev.Event) -> None:
-    """A line without a session yet."""
+    """A fresh identifier, as in `resp_5b0c…1f`: random for the process, counted in it."""
+    return f"{kind}_{_process}{next(_numbers):x}"
 
 
 def _secret(headers: dict[str, str], subprotocols: list[str]) -> str | None:
@@ -331,15 +329,6 @@ def _client(scope: Scope) -> str | None:
 
 def _user_agent(headers: dict[bytes, bytes]) -> str:
     return headers.get(b"user-agent", b"").decode("latin-1")[:500]
-
-
-async def _send_together(send: Send, frames: list[str]) -> None:
-    await send({"type": FRAMES, "texts": frames})
-
-
-async def _send_singly(send: Send, frames: list[str]) -> None:
-    for frame in frames:
-        await send({"type": "websocket.send", "text": frame})
 
 
 async def _reject(send: Send, error: AvbError, realtime: bool) -> None:

@@ -16,16 +16,17 @@ from tornado.websocket import WebSocketClosedError
 
 from agentvoicebox.bus_bridge.child import replace
 
-# Seconds a message may wait for others on the bridge's connection. Waking the bridge costs more than a message does,
-# and one turn is half a dozen of them: what nobody waits for comes with what somebody does.
+# Seconds that a message may wait for others on the bridge's connection. Waking the bridge costs more than a message,
+# and one turn is half a dozen of them. The bridge acts on these; all others are signs of life, of which the latest of
+# a turn is enough, and none when one of these comes in time.
 _PATIENCE = {
     "ovos.utterance.handled": 0.0,
     "speak": 0.0,
     "mycroft.skill.handler.start": 0.01,
 }
-_LONGEST = 0.25
+_SIGNS = 0.25
 _TYPE = re.compile(r'"type":\s*"([^"]+)"')
-_OURS = '"avb_'
+_TURN = re.compile(r'"avb_(?:turn|canary)":\s*"([^"]+)"')
 _ECHO = "recognizer_loop:"
 
 
@@ -49,6 +50,7 @@ class Handler(stock.MessageBusEventHandler):  # type: ignore[misc]
         self.set_nodelay(True)
         if self.get_query_argument("gather", None):
             self._gathered = []
+            self._signs: dict[str, str] = {}
         super().open()
 
     def on_close(self) -> None:
@@ -72,20 +74,32 @@ class Handler(stock.MessageBusEventHandler):  # type: ignore[misc]
 
     def _gather(self, gathered: list[str], message: str) -> None:
         kind = found.group(1) if (found := _TYPE.search(message, 0, 120)) else ""
-        if _OURS not in message or kind.startswith(_ECHO):
+        turn = _TURN.search(message)
+        if turn is None or kind.startswith(_ECHO):
             return
-        gathered.append(message)
-        patience = _PATIENCE.get(kind, _LONGEST)
+        patience = _PATIENCE.get(kind)
+        if patience is None:
+            patience = _SIGNS
+            self._signs[turn.group(1)] = message
+        else:
+            self._signs.pop(turn.group(1), None)
+            gathered.append(message)
         loop = asyncio.get_running_loop()
         if patience == 0.0:
             self._deliver()
         elif self._timer is None or loop.time() + patience < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = loop.call_later(patience, self._deliver)
+            self._timer = loop.call_later(patience, self._ring)
+
+    def _ring(self) -> None:
+        if self._gathered is not None:
+            self._gathered += self._signs.values()
+        self._signs.clear()
+        self._deliver()
 
     def _deliver(self) -> None:
-        if self._timer is not None:
+        if self._timer is not None and not self._signs:
             self._timer.cancel()
             self._timer = None
         if self._gathered:

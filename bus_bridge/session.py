@@ -368,6 +368,7 @@ class Session:
         turn.deadline = now + CORE_SILENCE
         if event.expects_response:
             turn.listens = turn.handled = True
+            turn.asker = event.turn_id
         self._say(turn, text, now)
         self._settle_if_complete(turn, now)
 
@@ -487,7 +488,10 @@ class Session:
         if turn.utterance is not None:
             turn.story = {**turn.utterance.story, **turn.story}
         self._turn = None
-        self._dialogue = turn.id if turn.listens else self._dialogue if not turn.handled else None
+        if turn.listens:
+            self._dialogue = turn.asker
+        elif turn.handled:
+            self._dialogue = None
         self._out.append(
             ev.ReplyEnded(
                 turn_id=turn.id,

@@ -158,6 +158,8 @@ class Turn:
     synthesizing: bool = False
     handled: bool = False
     listens: bool = False
+    asker: str = ""
+    """The turn whose handler asked something back: it goes on under that turn's id, however many questions follow."""
     audio_seconds: float = 0.0
     deadline: float = float("inf")
     ending: tuple[str, str | None, str | None] = ("completed", None, None)

@@ -20,8 +20,15 @@ class Turnstile:
         self._inside: set[str] = set()
         self._queues: dict[str, deque[tuple[str, Callable[[], None]]]] = {}
 
-    def __contains__(self, turn_id: str) -> bool:
-        return turn_id in self._inside
+    @property
+    def inside(self) -> frozenset[str]:
+        """The turns that are in."""
+        return frozenset(self._inside)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody has to wait."""
+        return bool(self._queues)
 
     def enter(self, tenant_id: str, turn_id: str, go: Callable[[], None]) -> None:
         """Queue a turn of a tenant."""

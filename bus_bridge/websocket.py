@@ -8,32 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState
+from websockets.protocol import State
 
 FRAMES = "agentvoicebox.frames"
-"""Type of the ASGI message that carries `texts`, a list of frames, and key of the extension in the scope."""
+"""Key of the extension in the scope. Its value is a function that writes a list of text frames at once and returns
+true, or returns false when the client is slow or gone, and the ASGI way, which waits, has to be taken."""
 
 
 class BatchingProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol for the `ws` setting, which also understands `FRAMES`."""
+    """uvicorn's protocol for its `ws` setting, with the extension `FRAMES`."""
 
     async def run_asgi(self) -> None:
-        extensions: dict[str, Any] = self.scope["extensions"]  # type: ignore[assignment, typeddict-item]
-        extensions[FRAMES] = {}
+        extensions: dict[str, Any] = self.scope["extensions"]
+        extensions[FRAMES] = self.write_frames
         await super().run_asgi()
 
-    async def send(self, message: Any) -> None:
-        if message["type"] != FRAMES:
-            await super().send(message)
-            return
-        await self.writable.wait()
-        if self.disconnected or self.close_sent:
-            raise ClientDisconnected
-        try:
-            for text in message["texts"]:
-                self.conn.send_text(text.encode())
-        except InvalidState as error:
-            raise ClientDisconnected from error
+    def write_frames(self, texts: list[str]) -> bool:
+        """Write all of `texts`, or none."""
+        if not self.writable.is_set() or self.disconnected or self.close_sent or self.conn.state is not State.OPEN:
+            return False
+        for text in texts:
+            self.conn.send_text(text.encode())
         self.transport.write(b"".join(self.conn.data_to_send()))
+        return True

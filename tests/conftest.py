@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import tempfile
@@ -10,8 +12,10 @@ import wave
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
 
 # OVOS looks for configuration, and writes some, when it is imported: not into the home of whoever runs the tests.
 _home = tempfile.TemporaryDirectory(prefix="agentvoicebox-tests-")
@@ -70,6 +74,35 @@ def new_customer(stack: Stack) -> NewCustomer:
 async def customer(new_customer: NewCustomer) -> Customer:
     """A tenant for tests that change nothing about it."""
     return await new_customer(persona_name="Ada")
+
+
+class Wiretap:
+    """Everything that crosses a cell's bus."""
+
+    def __init__(self, url: str) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._url = url
+
+    async def __aenter__(self) -> Wiretap:
+        self._socket = await connect(self._url, compression=None, max_size=None, proxy=None)
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.sleep(0.2)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._socket.close()
+
+    async def _read(self) -> None:
+        async for frame in self._socket:
+            self.messages.append(json.loads(frame))
+
+
+@pytest.fixture
+def wiretap(stack: Stack) -> Callable[[], Wiretap]:
+    """Listens to the bus of the installation's cell, as a context manager."""
+    return lambda: Wiretap(stack.cells["cell-1"].url)
 
 
 @pytest.fixture(scope="session")

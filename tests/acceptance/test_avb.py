@@ -57,20 +57,18 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 @pytest.fixture(scope="module")
 def node(installation: Installation) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`avb up`, and the address from its one line on stdout."""
-    errors = open(installation.data.parent / "stderr", "w+")  # noqa: SIM115
-    process = installation.start("up", "--port", "0", stderr=errors)
+    file = installation.data.parent / "stderr"
+    with file.open("w") as errors:
+        process = installation.start("up", "--port", "0", stderr=errors)
     assert process.stdout is not None
     line = process.stdout.readline()
-    errors.seek(0)
-    assert line.startswith("ready http://127.0.0.1:"), errors.read()
+    assert line.startswith("ready http://127.0.0.1:"), file.read_text()
     yield process, line.split()[1]
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=30)
-    errors.seek(0)
-    assert process.returncode == 0, errors.read()
+    assert process.returncode == 0, file.read_text()
     assert rest == "", "stdout has the one line"
-    errors.seek(0)
-    assert "avb_" not in errors.read(), "no key is logged"
+    assert "avb_" not in file.read_text(), "no key is logged"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +163,9 @@ def test_the_doctor_and_the_models(installation: Installation, node: Any):
     assert {"flite", "skills", "data directory", "PostgreSQL"} <= {finding["what"] for finding in findings}
     assert all(finding["remedy"] for finding in findings if finding["state"] != "ok")
     listed = installation.avb("models", "--json")
-    assert {"faster-whisper-base", "kokoro"} <= {name for model in json.loads(listed.stdout) for name in (model["name"],)}
+    assert {"faster-whisper-base", "kokoro"} <= {
+        name for model in json.loads(listed.stdout) for name in (model["name"],)
+    }
 
 
 def test_the_operator_key_is_private(installation: Installation, node: Any):
@@ -190,7 +190,7 @@ def test_killing_it_leaves_nothing_running(tmp_path: Path):
     assert "core" in names
     process.kill()
     process.communicate()
-    gone, alive = psutil.wait_procs(members, timeout=15)
+    _, alive = psutil.wait_procs(members, timeout=15)
     assert not alive, [member.cmdline() for member in alive]
     # And the directory is good for another start.
     again = installation.start("up", "--port", "0", stderr=subprocess.DEVNULL)

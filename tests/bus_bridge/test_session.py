@@ -367,6 +367,24 @@ def test_a_question_back_ends_the_turn_and_the_dialogue_goes_on_under_the_old_id
     assert told.last(ev.ReplyEnded).turn_id == second
 
 
+def test_a_handler_may_ask_back_more_than_once():
+    told = Told(TEXT_ONLY)
+    turns = []
+    for number in range(3):
+        told(ev.TextAdded("hm"))
+        told(ev.ResponseWanted())
+        turns.append(told.last(ev.ReplyStarted).turn_id)
+        told(ev.Spoke(turns[0], f"Question {number}?", expects_response=True))
+        assert told.last(ev.ReplyEnded).turn_id == turns[-1]
+    told(ev.TextAdded("done"))
+    told(ev.ResponseWanted())
+    told(ev.Spoke(turns[0], "All right."))
+    told(ev.Handled(turns[0]))
+    ended = told.last(ev.ReplyEnded)
+    assert (ended.text, ended.listens) == ("All right.", False)
+    assert not told.session.active
+
+
 def test_a_reminder_speaks_up_by_itself_after_the_turn_that_is_running():
     told = Told()
     first = told.say("remind me")

@@ -44,7 +44,7 @@ def test_writing_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_the_environment_leads_nowhere_else(tmp_path: Path) -> None:
-    parent = {"PATH": "/bin", "TZ": "Asia/Tokyo", "HOME": "/home/me", "AVB_KEY": "secret", "PYTHONPATH": "/tmp/evil"}
+    parent = {"PATH": "/bin", "TZ": "Asia/Tokyo", "HOME": "/home/me", "AVB_KEY": "secret", "PYTHONPATH": "/evil"}
     environment = ovos.environment(tmp_path, parent)
     assert environment["PATH"] == "/bin"
     assert environment["TZ"] == "Asia/Tokyo"

@@ -16,39 +16,15 @@ from agentvoicebox.tenancy.models import Metric
 DATE_TIME = "ovos-skill-date-time.openvoiceos"
 
 
-class Wiretap:
-    """Everything that crosses a cell's bus."""
-
-    def __init__(self, url: str) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self._url = url
-
-    async def __aenter__(self) -> Wiretap:
-        self._socket = await connect(self._url, compression=None, max_size=None, proxy=None)
-        self._reader = asyncio.create_task(self._read())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.sleep(0.2)
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
-        await self._socket.close()
-
-    async def _read(self) -> None:
-        async for frame in self._socket:
-            self.messages.append(json.loads(frame))
-
-
 async def converse(stack: Any, customer: Any, pcm: bytes, turns: int) -> list[client.Answer]:
     async with client.session(stack.url, customer.key, {"input_rate": 16000}) as session:
         return [await session.say(pcm, 16_000) for _ in range(turns)]
 
 
-async def test_each_hears_only_its_own_and_pays_for_it(stack: Any, new_customer: Any, speech: Any):
+async def test_each_hears_only_its_own_and_pays_for_it(stack: Any, new_customer: Any, speech: Any, wiretap: Any):
     ada = await new_customer(voice="slt", persona_name="Ada")
     max_ = await new_customer(voice="rms", persona_name="Max", disabled_skills=(DATE_TIME,))
-    bus = stack.cells["cell-1"]
-    async with Wiretap(bus.url) as wire:
+    async with wiretap() as wire:
         mine, theirs = await asyncio.gather(
             converse(stack, ada, speech("who am i talking to"), 3),
             converse(stack, max_, speech("who am i talking to"), 3),

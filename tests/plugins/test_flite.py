@@ -54,9 +54,7 @@ def test_nothing_to_say_is_silence(text: str, tmp_path: Path):
         assert set(wav.readframes(wav.getnframes())) == {0}
 
 
-@pytest.mark.parametrize(
-    "text", ["-o /tmp/x", "--version", "$(id) `id` ; id", "two\nlines", "a\x00b", "ünïcödé", "<a>&"]
-)
+@pytest.mark.parametrize("text", ["-o x", "--version", "$(id) `id` ; id", "two\nlines", "a\x00b", "ünïcödé", "<a>&"])
 def test_text_is_text(text: str, tmp_path: Path):
     path, _ = FliteTTS().get_tts(text, str(tmp_path / "a.wav"))
     assert seconds(path) > 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -135,7 +136,7 @@ async def test_brackets_in_what_is_said_keep_nobody_busy(bus) -> None:
     await bus.say(said, session)
     turn = await bus.say("what did i say", session)
     assert turn.skill == "ovos-skill-parrot.openvoiceos"
-    assert said.strip() in turn.spoken
+    assert re.findall(r"\b[ab]\b", turn.spoken) == ["a", "b"] * 40
 
 
 async def test_a_forgotten_session_can_come_back(bus) -> None:

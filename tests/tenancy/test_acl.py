@@ -1,3 +1,5 @@
+"""Access control lists on real files."""
+
 from __future__ import annotations
 
 import os

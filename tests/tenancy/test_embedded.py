@@ -1,3 +1,5 @@
+"""The private PostgreSQL: its start, its end, and whatever may come between."""
+
 from __future__ import annotations
 
 import asyncio

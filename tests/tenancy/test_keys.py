@@ -1,3 +1,5 @@
+"""Keys from issue to revocation, also when nobody tells a node."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""The ledger counts once, wholly, and only what is on disk."""
+
 from __future__ import annotations
 
 import asyncio

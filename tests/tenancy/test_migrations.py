@@ -1,3 +1,5 @@
+"""The schema goes up, down and up again."""
+
 from __future__ import annotations
 
 import asyncio

@@ -1,3 +1,5 @@
+"""Sessions and their history."""
+
 from __future__ import annotations
 
 import uuid

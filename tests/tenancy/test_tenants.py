@@ -1,3 +1,5 @@
+"""Making tenants, and what is refused."""
+
 from __future__ import annotations
 
 import asyncio

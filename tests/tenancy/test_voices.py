@@ -1,3 +1,5 @@
+"""How a tenant's assistant sounds."""
+
 from __future__ import annotations
 
 import uuid
