@@ -32,9 +32,6 @@ SLICE = 2.0
 MAX_OUTBOX = 16 * 1024 * 1024
 """Bytes waiting for a client that does not read, beyond which it is disconnected."""
 
-EARLY = 5.0
-"""Seconds by which a timer may ring early, to be armed again only then."""
-
 SLOW_CONSUMER = 1013
 NORMAL = 1000
 
@@ -282,17 +279,15 @@ class Connection:
     def _arm(self) -> None:
         """See to it that the session hears of its deadline.
 
-        Deadlines move a little with every message: an armed timer that rings slightly early just looks again. One that
-        would ring for nothing is cancelled, since ringing wakes the process.
+        Deadlines move with every message, and timers are dear: one that is armed stays, and rings early or for nothing
+        now and then, rather than being moved each time.
         """
         deadline = self._session.deadline
+        if deadline is None or (self._timer is not None and self._timer.when() <= deadline):
+            return
         if self._timer is not None:
-            if deadline is not None and deadline - EARLY <= self._timer.when() <= deadline:
-                return
             self._timer.cancel()
-            self._timer = None
-        if deadline is not None:
-            self._timer = self._loop.call_at(deadline, self._ring)
+        self._timer = self._loop.call_at(deadline, self._ring)
 
     def _ring(self) -> None:
         self._timer = None

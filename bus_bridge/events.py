@@ -369,6 +369,7 @@ class ReplyEnded:
     text: str
     audio_seconds: float
     story: Story = field(default_factory=dict)
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
     listens: bool = False
     """The skill asked something back and waits for the next utterance."""
 

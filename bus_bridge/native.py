@@ -25,7 +25,7 @@ import msgspec
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge import wire
-from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, TurnDetection, timings_ms
+from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, TurnDetection
 
 MAX_AUDIO = 1024 * 1024
 """Bytes of audio in one event."""
@@ -257,7 +257,7 @@ def _outcome(told: ev.ReplyEnded) -> dict[str, Any]:
         "status": told.status,
         "text": told.text,
         "audio_seconds": round(told.audio_seconds, 3),
-        "timings_ms": timings_ms(told.story),
+        "timings_ms": told.timings_ms,
         "expects_response": told.listens,
     }
     if told.status == "failed":

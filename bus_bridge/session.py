@@ -492,28 +492,28 @@ class Session:
             self._dialogue = turn.asker
         elif turn.handled:
             self._dialogue = None
-        self._out.append(
-            ev.ReplyEnded(
-                turn_id=turn.id,
-                status=TurnStatus(status),
-                reason=reason,
-                message=message,
-                text=turn.text,
-                audio_seconds=turn.audio_seconds,
-                story=dict(turn.story),
-                listens=turn.listens,
-            )
+        timings = timings_ms(turn.story)
+        ended = ev.ReplyEnded(
+            turn_id=turn.id,
+            status=status,
+            reason=reason,
+            message=message,
+            text=turn.text,
+            audio_seconds=turn.audio_seconds,
+            story=turn.story,
+            timings_ms=timings,
+            listens=turn.listens,
         )
         content = {
             "turn_id": turn.id,
             "item_id": turn.item_id,
             "status": status,
             "reason": reason,
-            "text": turn.text,
+            "text": ended.text,
             "audio_seconds": round(turn.audio_seconds, 3),
-            "timings_ms": timings_ms(turn.story),
+            "timings_ms": timings,
         }
-        self._out.append(ev.Record("response", content))
+        self._out += (ended, ev.Record("response", content))
         if self._waiting:
             self._start(self._waiting.popleft(), now)
 

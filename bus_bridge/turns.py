@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, Stamp, Story, TurnDetection
+from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, Stamp, Story, TurnDetection, TurnStatus
 
 ONSET = 0.06
 """Seconds of speech before a turn begins, so that a click does not."""
@@ -162,7 +162,7 @@ class Turn:
     """The turn whose handler asked something back: it goes on under that turn's id, however many questions follow."""
     audio_seconds: float = 0.0
     deadline: float = float("inf")
-    ending: tuple[str, str | None, str | None] = ("completed", None, None)
+    ending: tuple[TurnStatus, str | None, str | None] = (TurnStatus.COMPLETED, None, None)
     """Status, reason and message to report once the turn has settled."""
     story: Story = field(default_factory=dict)
 

@@ -161,10 +161,44 @@ async def bridged_turn(session: client.Client) -> float:
             return spoke
 
 
+ECHO = """
+import asyncio, socket, sys, uvicorn, uvloop
+async def app(scope, receive, send):
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (message := await receive())["type"] != "websocket.disconnect":
+        await send({"type": "websocket.send", "text": message["text"]})
+listening = socket.create_server(("127.0.0.1", 0))
+listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print(listening.getsockname()[1], flush=True)
+config = uvicorn.Config(app, ws="websockets-sansio", ws_per_message_deflate=False, lifespan="off", log_config=None)
+uvloop.run(uvicorn.Server(config).serve(sockets=[listening]))
+"""
+
+
+class Echo:
+    """The floor: a bare uvicorn that sends back what it hears."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = f"ws://127.0.0.1:{self._process.stdout.readline().strip()}"
+
+    def cpu(self) -> float:
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
 async def text_turns(node: Node) -> None:
-    tell(f"{TURNS} text turns through the bridge and {TURNS} straight on the bus, in alternating blocks")
+    tell(f"{TURNS} text turns through the bridge, {TURNS} straight on the bus, {TURNS} bare echoes, in turn")
+    echo = Echo()
     async with (
         connect(node.bus_url(), compression=None, max_size=None, proxy=None) as socket,
+        connect(echo.url, compression=None, proxy=None) as bare,
         client.session(node.url, node.key, {"modality": "text"}) as session,
     ):
         for _ in range(2):
@@ -178,13 +212,21 @@ async def text_turns(node: Node) -> None:
         idle = (node.cpu() - idle_cpu) / (time.perf_counter() - idle_begin)
         floor: list[float] = []
         bridged: list[float] = []
-        cpu = seconds = 0.0
+        cpu = seconds = echoes = 0.0
         for _ in range(10):
             floor += [await direct.turn() for _ in range(TURNS // 10)]
             before, begin = node.cpu(), time.perf_counter()
             bridged += [await bridged_turn(session) for _ in range(TURNS // 10)]
             cpu += node.cpu() - before
+            pause = (time.perf_counter() - begin) / (TURNS // 10)
             seconds += time.perf_counter() - begin
+            before = echo.cpu()
+            for _ in range(TURNS // 10):
+                await bare.send("x" * 200)
+                await bare.recv()
+                await asyncio.sleep(pause)
+            echoes += echo.cpu() - before
+    echo.stop()
     added = (statistics.median(bridged) - statistics.median(floor)) * 1000
     report(
         "bridge.added_latency_p50",
@@ -196,12 +238,15 @@ async def text_turns(node: Node) -> None:
         direct_p50_ms=round(statistics.median(floor) * 1000, 2),
         turns=len(bridged),
     )
+    per_turn, per_echo = (cpu - idle * seconds) * 1000 / len(bridged), echoes * 1000 / len(bridged)
     report(
         "bridge.cpu_per_turn",
-        (cpu - idle * seconds) * 1000 / len(bridged),
+        per_turn,
         "ms",
         0.6,
-        "nothing: the direct turn has no bridge",
+        "a turn without a bridge; floor: the process is woken three times, as by three bare echoes at the same rhythm",
+        bare_echo_ms=round(per_echo, 3),
+        echoes_per_turn=round(per_turn / per_echo, 2),
         idle_cpu_percent=round(idle * 100, 2),
         turns=len(bridged),
     )
@@ -270,10 +315,8 @@ def resident(pid: int) -> float:
 
 async def idle_memory(node: Node) -> None:
     tell(f"{SESSIONS} idle sessions")
-    async with idle_sessions(node, 200):
-        pass
-    await asyncio.sleep(1)
-    async with idle_sessions(node, 20):
+    # The first ones also warm up what all share: pools, caches, the allocator's arenas.
+    async with idle_sessions(node, 100):
         before = resident(node.pid)
         async with idle_sessions(node, SESSIONS):
             after = resident(node.pid)
@@ -282,7 +325,7 @@ async def idle_memory(node: Node) -> None:
         (after - before) / SESSIONS,
         "KB",
         40,
-        "the node with 20 sessions connected",
+        "the node with 100 sessions connected",
         sessions=SESSIONS,
     )
 
@@ -290,7 +333,9 @@ async def idle_memory(node: Node) -> None:
 def stack_memory(node: Node) -> None:
     members = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     rows: dict[str, float] = {}
+    shared_twice = 0.0
     for member in members:
+        shared_twice += member.memory_info().rss / 1024 / 1024
         words = " ".join(member.cmdline()) or member.name()
         name = next(
             (known for known in ("postgres", "messagebus", "core") if known in words),
@@ -304,6 +349,7 @@ def stack_memory(node: Node) -> None:
         500,
         "all processes of avb up, proportional set size",
         processes={name: round(size, 1) for name, size in rows.items()},
+        sum_of_rss=round(shared_twice, 1),
         engines="offline pair loaded",
     )
 
@@ -322,15 +368,26 @@ def demo(directory: Path) -> None:
     report("demo.first_spoken_answer", first, "s", 15, "the second run", turns=len(turns))
 
 
+async def rest(node: Node) -> None:
+    """Wait until the node has nothing left to do."""
+    while True:
+        before = node.cpu()
+        await asyncio.sleep(1)
+        if node.cpu() - before < 0.03:
+            return
+
+
 async def measure(directory: Path) -> None:
     node = Node(directory)
     node.start()
     try:
         node.admit()
         stack_memory(node)
+        # Before anything else leaves free memory behind that new sessions would fill.
+        await idle_memory(node)
+        await rest(node)
         await text_turns(node)
         await spoken_turns(node)
-        await idle_memory(node)
     finally:
         node.stop()
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, Stamp, TurnDetection, TurnStatus
+from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
 from agentvoicebox.bus_bridge.native import MAX_AUDIO, EndWanted, NativeCodec, Pinged
 from agentvoicebox.bus_bridge.wire import WireError
 
@@ -129,7 +129,7 @@ def test_no_frame_escapes(frame: str | bytes):
 
 def test_a_client_is_told_the_turns_outcome(codec: NativeCodec):
     story = {Stamp.SPEECH_ENDED: 1.0, Stamp.COMMITTED: 1.2, Stamp.TRANSCRIBED: 1.25, Stamp.FIRST_AUDIO: 1.4}
-    ended = ev.ReplyEnded("resp_1", TurnStatus.COMPLETED, None, None, "Noon.", 1.5, story)
+    ended = ev.ReplyEnded("resp_1", TurnStatus.COMPLETED, None, None, "Noon.", 1.5, story, timings_ms(story))
     (frame,) = codec.encode(ended, SETTINGS)
     assert json.loads(frame) == {
         "type": "response.done",
