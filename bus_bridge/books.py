@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -23,6 +26,19 @@ SOON = 1.0
 MOST_WAITING = 10_000
 """Lines of history kept while the store is away; usage has no such limit, it is refused instead."""
 
+PATIENCE = 5.0
+"""Seconds that the last writing may take when the node stops."""
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""What jsonb refuses, and with it all lines of the same writing."""
+
+_Key = tuple[uuid.UUID, uuid.UUID]
+"""Tenant and session."""
+
+
+def _nothing() -> None:
+    """Nobody waits for the end of the session."""
+
 
 @dataclass(slots=True)
 class SessionBooks:
@@ -33,6 +49,7 @@ class SessionBooks:
     project_id: uuid.UUID | None
     session_id: uuid.UUID
     sequence: int = 0
+    """Number of the next line. A session is connected once: `Books.end` says when its record is closed."""
 
     async def meter(self, key: str, stt_seconds: float, tts_seconds: float) -> None:
         """Record what a turn used, all of it or nothing; returns once that is committed. Raises `Unavailable`.
@@ -59,7 +76,7 @@ class SessionBooks:
 
     def record(self, kind: str, content: dict[str, object]) -> None:
         """Append a line of history."""
-        event = sessions.Event(self.sequence, EventType(kind), content)
+        event = sessions.Event(self.sequence, EventType(kind), {name: _clean(value) for name, value in content.items()})
         self.sequence += 1
         self.books.note(self.tenant_id, self.session_id, event)
 
@@ -70,10 +87,11 @@ class Books:
     def __init__(self, database: Database, ledger: Ledger) -> None:
         self.ledger = ledger
         self._database = database
-        self._waiting: dict[tuple[uuid.UUID, uuid.UUID], list[sessions.Event]] = {}
-        self._ended: dict[tuple[uuid.UUID, uuid.UUID], SessionStatus] = {}
+        self._waiting: dict[_Key, list[sessions.Event]] = {}
+        self._ended: dict[_Key, tuple[SessionStatus, Callable[[], None]]] = {}
         self._count = 0
         self._writer: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def of(self, grant: Grant, session_id: uuid.UUID) -> SessionBooks:
         """The books of one session of the tenant of `grant`."""
@@ -88,47 +106,83 @@ class Books:
         self._waiting.setdefault((tenant_id, session_id), []).append(event)
         self._hurry()
 
-    def end(self, tenant_id: uuid.UUID, session_id: uuid.UUID, status: SessionStatus) -> None:
-        """The session has ended; it is closed in the store after the last of its history."""
-        self._ended[tenant_id, session_id] = status
+    def end(
+        self,
+        tenant_id: uuid.UUID,
+        session_id: uuid.UUID,
+        status: SessionStatus,
+        done: Callable[[], None] = _nothing,
+    ) -> None:
+        """The session has ended; it is closed in the store after the last of its history.
+
+        `done` is called once that is written, or given up.
+        """
+        self._ended[tenant_id, session_id] = (status, done)
         self._hurry()
 
     async def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            self._writer.cancel()
-            await asyncio.gather(self._writer, return_exceptions=True)
-            self._writer = None
-        await self._write()
+        """Write what is left; what the store does not take within `PATIENCE` seconds is lost."""
+        self._closing.set()
+        if self._writer is None:
+            return
+        writer = self._writer
+        await asyncio.wait([writer], timeout=PATIENCE)
+        if writer.done():
+            return
+        log.error("the store is away: %d lines and the ends of %d sessions are lost", self._count, len(self._ended))
+        writer.cancel()
+        # Not for ever: a store that hangs does not even take back a statement.
+        await asyncio.wait([writer], timeout=1)
+        for key in list(self._ended):
+            self._settle(key)
 
     def _hurry(self) -> None:
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_soon())
 
     async def _write_soon(self) -> None:
-        while self._waiting or self._ended:
-            await asyncio.sleep(SOON)
-            await self._write()
-        self._writer = None
+        try:
+            while self._waiting or self._ended:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), SOON)
+                await self._write()
+                if self._closing.is_set():
+                    await asyncio.sleep(0.05)  # a store that is away may refuse at once
+        finally:
+            self._writer = None
 
     async def _write(self) -> None:
         # One after the other on one connection: a thousand clients that leave at once must not push requests aside.
-        waiting, self._waiting = self._waiting, {}
-        ended, self._ended = self._ended, {}
-        self._count = 0
-        for (tenant_id, session_id), events in waiting.items():
-            try:
-                await sessions.record(self._database, tenant_id, session_id, events)
-            except Unavailable:  # the store will be back, and the lines are in order
-                later = self._waiting.setdefault((tenant_id, session_id), [])
-                later[:0] = events
-                self._count += len(events)
-            except AvbError as error:
-                log.error("history of session %s could not be written: %s", session_id, error.code)
-        for (tenant_id, session_id), status in ended.items():
-            try:
-                await sessions.finish(self._database, tenant_id, session_id, status)
-            except Unavailable:
-                self._ended.setdefault((tenant_id, session_id), status)
-            except AvbError as error:
-                log.error("session %s could not be closed: %s", session_id, error.code)
+        # What is not written yet stays where it is, in its order, whatever ends this.
+        for (tenant_id, session_id), events in list(self._waiting.items()):
+            count = len(events)
+            if await _tried("history", session_id, sessions.record(self._database, tenant_id, session_id, events[:])):
+                self._count -= count
+                del events[:count]
+                if not events:
+                    del self._waiting[tenant_id, session_id]
+        for (tenant_id, session_id), (status, _) in list(self._ended.items()):
+            if (tenant_id, session_id) in self._waiting:
+                continue
+            if await _tried("end", session_id, sessions.finish(self._database, tenant_id, session_id, status)):
+                self._settle((tenant_id, session_id))
+
+    def _settle(self, key: _Key) -> None:
+        _, done = self._ended.pop(key)
+        asyncio.get_running_loop().call_soon(done)  # what goes wrong in there is not ours
+
+
+async def _tried(what: str, session_id: uuid.UUID, write: Awaitable[object]) -> bool:
+    """Whether that is over, well or not; false when it is to be tried again because the store is away."""
+    try:
+        await write
+    except Unavailable:
+        return False
+    except Exception as error:  # only its name: a message may hold what was said
+        reason = error.code if isinstance(error, AvbError) else type(error).__name__
+        log.error("%s of session %s could not be written: %s", what, session_id, reason)
+    return True
+
+
+def _clean(value: object) -> object:
+    return _NO_TEXT.sub("\ufffd", value) if isinstance(value, str) else value

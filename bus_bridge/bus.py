@@ -33,6 +33,12 @@ CANARY = 2.5
 GATHER = "?gather=1"
 """Query of the bridge's connection: it hears messages of turns only, several to a frame, one JSON object a line."""
 
+MAX_TEXT = 16_000
+"""Characters of one utterance. A bus of stock OVOS drops whoever sends it more than it takes in one message."""
+
+MOST_ABANDONED = 8
+"""Cancelled turns of one tenant that core may still be working on: its threads are everybody's."""
+
 MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes of one bus message; there is no audio on this bus."""
 
@@ -76,6 +82,34 @@ _STATE = msgspec.json.Decoder(_State)
 _ENCODER = msgspec.json.Encoder()
 
 
+class _Abandoned:
+    """Turns that core has not ended although nobody waits for them any more, by tenant."""
+
+    def __init__(self) -> None:
+        self._turns: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+
+    def __contains__(self, turn_id: str) -> bool:
+        return turn_id in self._turns
+
+    def count(self, tenant_id: str) -> int:
+        return self._counts.get(tenant_id, 0)
+
+    def add(self, turn_id: str, tenant_id: str) -> None:
+        self._turns[turn_id] = tenant_id
+        self._counts[tenant_id] = self.count(tenant_id) + 1
+
+    def remove(self, turn_id: str) -> None:
+        if (tenant_id := self._turns.pop(turn_id, None)) is not None:
+            self._counts[tenant_id] -= 1
+            if not self._counts[tenant_id]:
+                del self._counts[tenant_id]
+
+    def clear(self) -> None:
+        self._turns.clear()
+        self._counts.clear()
+
+
 class _Connection(ClientConnection):
     """Hands every message over as it is read: a queue and a task in between would cost more than the message."""
 
@@ -91,6 +125,20 @@ class _Connection(ClientConnection):
         """Send a text frame now. A bus that does not read is found out by the canary, not by waiting here."""
         self.protocol.send_text(frame)
         self.send_data()
+
+
+def _tell(line: Line, event: ev.Event) -> None:
+    """Tell a line; its trouble is not the others'."""
+    try:
+        line.tell(event)
+        line.settle()
+    except Exception:
+        log.exception("a session could not go on")
+
+
+def _later(line: Line, event: ev.Event) -> None:
+    """Tell a line in the next round: whoever asks is in the middle of something."""
+    asyncio.get_running_loop().call_soon(_tell, line, event)
 
 
 def _ignore(event: ev.Event) -> None:
@@ -155,6 +203,7 @@ class Bus:
         self._turns: dict[str, Line] = {}
         self._turnstile = Turnstile()
         self._impatient: asyncio.TimerHandle | None = None
+        self._abandoned = _Abandoned()
         self._canaries: dict[str, asyncio.Future[None]] = {}
 
     @property
@@ -197,11 +246,11 @@ class Bus:
         """The cell is gone: every turn in flight fails now, instead of waiting for an answer that cannot come."""
         self._socket = None
         self._turnstile.clear()
+        self._abandoned.clear()
         turns, self._turns = self._turns, {}
         for turn_id, line in turns.items():
             line.state = None  # its dialogue died with the cell
-            line.tell(ev.AskFailed(turn_id, "cell_lost", f"{reason} Please say it again in a few seconds."))
-            line.settle()
+            _tell(line, ev.AskFailed(turn_id, "cell_lost", f"{reason} Please say it again in a few seconds."))
         for canary in self._canaries.values():
             if not canary.done():
                 canary.cancel()
@@ -216,17 +265,23 @@ class Bus:
             return
         for turn_id in [t for t, other in self._turns.items() if other is line]:
             self.drop(turn_id)
-        if self._socket is not None and line.state is not None:
-            context = self._context(line, line.turn_id)
-            self._send({"type": "avb.session.forget", "data": {"session_id": line.id}, "context": context})
+        if line.turn_id:
+            self._forget(line.id, line.tenant_id, line.turn_id)
 
     def ask(self, line: Line, turn_id: str, text: str, language: str) -> None:
         """Put an utterance to core, when the line's tenant has its turn."""
         if self._socket is None:
             message = "The assistant is restarting; please say it again in a few seconds."
-            failed = ev.AskFailed(turn_id, "cell_unavailable", message)
-            # In the next round: whoever asks is in the middle of something.
-            asyncio.get_running_loop().call_soon(lambda: (line.tell(failed), line.settle()))
+            _later(line, ev.AskFailed(turn_id, "cell_unavailable", message))
+            return
+        refusal = None
+        if len(text) > MAX_TEXT:
+            refusal = ev.AskFailed(turn_id, "too_long", f"At most {MAX_TEXT} characters can be answered.")
+        elif self._abandoned.count(line.tenant_id) >= MOST_ABANDONED:
+            message = "Too many answers that were cancelled are still being worked on; wait until they have ended."
+            refusal = ev.AskFailed(turn_id, "too_many_turns", message)
+        if refusal is not None:
+            _later(line, refusal)
             return
         self._turns[turn_id] = line
         line.turn_id = turn_id
@@ -236,9 +291,14 @@ class Bus:
             self._impatient = asyncio.get_running_loop().call_later(MATCHING, self._release, self._turnstile.inside)
 
     def drop(self, turn_id: str) -> None:
-        """Nobody wants the rest of this turn."""
-        self._turns.pop(turn_id, None)
-        self._turnstile.leave(turn_id)
+        """Nobody wants the rest of this turn; what core still says of it is not heard.
+
+        Core is not told to stop: stock skills that cannot stop one session stop all of them.
+        """
+        line = self._turns.pop(turn_id, None)
+        waited = self._turnstile.leave(turn_id)
+        if line is not None and not waited:
+            self._abandoned.add(turn_id, line.tenant_id)
 
     def playback_ended(self, line: Line, turn_id: str) -> None:
         """Tell skills that wait for it that what they said has been played."""
@@ -278,6 +338,12 @@ class Bus:
         if self._turnstile.waiting:
             self._impatient = asyncio.get_running_loop().call_later(MATCHING, self._release, self._turnstile.inside)
 
+    def _forget(self, session_id: str, tenant_id: str, turn_id: str) -> None:
+        """Let core forget a session: by itself it remembers each for ever."""
+        keys = {"avb_session": session_id, "avb_turn": turn_id, "tenant_id": tenant_id}
+        context = {**keys, "session": {"session_id": session_id}}
+        self._send({"type": "avb.session.forget", "data": {"session_id": session_id}, "context": context})
+
     def _context(self, line: Line, turn_id: str) -> dict[str, Any]:
         session: dict[str, Any] = {
             "session_id": line.id,
@@ -289,9 +355,12 @@ class Bus:
         }
         if line.state is not None:
             before = _STATE.decode(line.state)
-            session["active_skills"] = before.active_skills
-            session["utterance_states"] = before.utterance_states
-            session["context"] = before.context
+            carried = {
+                "active_skills": before.active_skills,
+                "utterance_states": before.utterance_states,
+                "context": before.context,
+            }
+            session.update({name: value for name, value in carried.items() if value is not msgspec.UNSET})
         return {
             **line.context,
             "avb_session": line.id,
@@ -326,18 +395,27 @@ class Bus:
         told: set[Line] = set()
         for message in frame.split(b"\n"):
             if b'"avb_turn"' in message:
-                if (line := self._route(message)) is not None:
-                    told.add(line)
+                try:
+                    if (line := self._route(message)) is not None:
+                        told.add(line)
+                except Exception:  # one session's trouble is not the others'
+                    log.exception("a bus message could not be delivered")
             elif self._canaries and b'"avb_canary"' in message:
                 self._hear_canary(message)
         for line in told:
-            line.settle()
+            try:
+                line.settle()
+            except Exception:
+                log.exception("a session could not go on")
 
     def _route(self, frame: bytes) -> Line | None:
         try:
             message = _MESSAGE.decode(frame)
             context = message.context
             line = self._lines.get(context.avb_session)
+            if context.avb_turn in self._abandoned:
+                self._end_abandoned(message)
+                return None
             if (
                 line is None
                 or context.tenant_id != line.tenant_id
@@ -350,6 +428,14 @@ class Bus:
             log.warning("a bus message with our keys was not understood and went to nobody")
             return None
         return line
+
+    def _end_abandoned(self, message: _Message) -> None:
+        context = message.context
+        if message.type == "ovos.utterance.handled":
+            self._abandoned.remove(context.avb_turn)
+            if context.avb_session not in self._lines:
+                # The session was over before its turn, which has brought it back to core's memory.
+                self._forget(context.avb_session, context.tenant_id, context.avb_turn)
 
     def _deliver(self, line: Line, turn_id: str, message: _Message) -> None:
         kind = message.type
@@ -368,7 +454,8 @@ class Bus:
             self._turnstile.leave(turn_id)
             line.tell(ev.SkillStarted(turn_id))
         elif kind == "ovos.utterance.handled":
-            self.drop(turn_id)
+            self._turns.pop(turn_id, None)
+            self._turnstile.leave(turn_id)
             if turn_id == line.asker:
                 line.asker = ""
             line.tell(ev.Handled(turn_id))

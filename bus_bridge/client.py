@@ -37,6 +37,8 @@ class Answer:
     first_audio_at: float | None = None
     """When the first audio arrived, by `time.monotonic`."""
     error: dict[str, str] | None = None
+    heard_seconds: float = 0.0
+    """Length of what was recognised, as the node says."""
 
     @property
     def audio_seconds(self) -> float:
@@ -97,6 +99,7 @@ class Client:
         match message["type"]:
             case "transcription.final":
                 answer.transcript = data["text"]
+                answer.heard_seconds = data["audio_seconds"]
             case "audio.delta":
                 if answer.first_audio_at is None:
                     answer.first_audio_at = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 from agentvoicebox.bus_bridge import audio, native
@@ -12,7 +12,8 @@ from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.bus import Bus, Line
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.models import SessionSettings
-from agentvoicebox.bus_bridge.session import Out, Session
+from agentvoicebox.bus_bridge.outbox import Outbox
+from agentvoicebox.bus_bridge.session import ENGINE_SILENCE, Out, Session
 from agentvoicebox.bus_bridge.vad import STREAMS, VadStream
 from agentvoicebox.bus_bridge.wire import WireError
 from agentvoicebox.config.errors import AvbError
@@ -21,18 +22,16 @@ log = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 INLINE_AUDIO = 0.3
 """Seconds of audio whose speech detection is done on the spot; more goes to a thread, slice by slice."""
 
+LONG_AUDIO = 5.0
+"""Seconds of reply from which changing its rate is worth a thread."""
+
 SLICE = 2.0
 """Seconds of audio in one such slice."""
 
-MAX_OUTBOX = 16 * 1024 * 1024
-"""Bytes waiting for a client that does not read, beyond which it is disconnected."""
-
-SLOW_CONSUMER = 1013
 NORMAL = 1000
 
 
@@ -71,9 +70,9 @@ class Connection:
         engines: Engines,
         books: Books,
         vad: str,
+        languages: tuple[str, ...],
         receive: Receive,
-        send: Send,
-        write_frames: Callable[[list[str]], bool] | None,
+        outbox: Outbox,
         spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
         self._session = session
@@ -84,86 +83,90 @@ class Connection:
         self._books = books
         self._vad_name = vad
         self._receive_message = receive
-        self._send_message = send
-        self._write_frames = write_frames
+        self._languages = languages
+        self._outbox = outbox
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._inlet: audio.Inlet | None = None
         self._vad: VadStream | None = None
         self._work: dict[str, asyncio.Task[None]] | None = None
-        self._outbox: list[str] | None = None
-        self._outbox_bytes = 0
-        self._pressing = False
-        self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
-        self._closing: tuple[int, str] | None = None
         line.tell = self._note
         line.settle = self._settle
 
     async def run(self) -> int:
         """Serve the client until it leaves, ends the session, or `close` is called."""
         self._bus.open(self._line)
+        code = NORMAL
         try:
-            self._post(self._codec.opening(self._session.settings))
-            await self._flush()
-            while self._closing is None:
+            self._outbox.post(self._codec.opening(self._session.settings))
+            self._outbox.settle()
+            while True:
                 message = await self._receive_message()
                 if message["type"] == "websocket.disconnect":
-                    return int(message.get("code") or NORMAL)
+                    code = int(message.get("code") or NORMAL)
+                    break
                 frame = message.get("text")
                 await self._take(frame if frame is not None else message.get("bytes") or b"")
-                if self._pressing and not self._write():
-                    await self._flush()
-            return self._closing[0]
+                self._settle()
         finally:
             self._hear_last()
+            self._outbox.discard()
+        return code
 
     def hear(self, event: ev.Event) -> None:
         """Something happened: let the session decide what follows, and do it."""
         self._note(event)
         self._settle()
 
+    def close(self, code: int, reason: str, problem: ev.Problem | None = None) -> None:
+        """End the connection from our side, after telling the client why."""
+        if problem is not None:
+            self._outbox.post([self._codec.problem(problem)])
+        self._outbox.close(code, reason)
+
     def _note(self, event: ev.Event) -> None:
         # "The answer has begun" waits for the next thing that happens: a frame by itself would cost a wake-up.
-        waiting = bool(self._outbox)
+        self._outbox.press()
         self._follow(self._session.receive(event, self._loop.time()))
-        self._pressing = self._pressing or waiting
 
     def _settle(self) -> None:
         """Nothing more happens right now: send what there is to send, and set the timer."""
         self._arm()
-        if self._pressing and not self._flushing and not self._write():
-            self._spawn(self._flush())
-
-    def close(self, code: int, reason: str, problem: ev.Problem | None = None) -> None:
-        """End the connection from our side, after telling the client why."""
-        if self._closing is not None:
-            return
-        if problem is not None:
-            self._post([self._codec.problem(problem)])
-        self._closing = (code, reason)
-        self._spawn(self._flush())
+        self._outbox.settle()
 
     # --- in -----------------------------------------------------------------------------------------------------------
 
     async def _take(self, frame: str | bytes) -> None:
+        if self._outbox.closing:
+            return
         try:
             wanted = self._codec.decode(frame, self._session.settings)
         except WireError as error:
             problem = ev.Problem(error.code, error.message, error.param, error.event_id)
-            self._post([self._codec.problem(problem)])
+            self._outbox.post([self._codec.problem(problem)])
             return
         for event in wanted:
             if isinstance(event, ev.AudioAppended):
                 await self._listen(event.pcm)
             elif isinstance(event, native.Pinged):
-                self._post([self._codec.pong()])  # type: ignore[attr-defined]
+                self._outbox.post([self._codec.pong()])  # type: ignore[attr-defined]
             elif isinstance(event, native.EndWanted):
-                self._follow(self._session.receive(ev.Ended(), self._loop.time()))
-                self._post(self._codec.closing())
-                self._closing = (NORMAL, "")
+                self._note(ev.Ended())
+                self._outbox.post(self._codec.closing())
+                self._outbox.close(NORMAL, "")
+            elif isinstance(event, ev.SettingsWanted) and (problem_ := self._foreign(event)):
+                self._outbox.post([self._codec.problem(problem_)])
             else:
-                self.hear(event)
+                self._note(event)
+
+    def _foreign(self, event: ev.SettingsWanted) -> ev.Problem | None:
+        """A language that the assistant here does not speak."""
+        language = event.changes.get("language")
+        if language is None or language in self._languages:
+            return None
+        message = f"The assistant here speaks {', '.join(self._languages)}."
+        return ev.Problem("invalid_value", message, "config.language", event.event_id)
 
     async def _listen(self, pcm: bytes) -> None:
         settings = self._session.settings
@@ -172,27 +175,30 @@ class Connection:
             inlet = self._inlet = audio.Inlet(settings.input_format.rate)
         if settings.turn_detection is None:
             self._vad = None
-            if heard := inlet.take(pcm, 1):
-                self.hear(ev.Heard(heard))
-            return
-        if self._vad is None:
+        elif self._vad is None:
             self._vad = STREAMS[self._vad_name]()
+        size = int(inlet.rate * SLICE) * 2
         if len(pcm) / 2 / inlet.rate <= INLINE_AUDIO:
             self._attend(*self._detect(inlet, self._vad, pcm))
             return
-        size = int(inlet.rate * SLICE) * 2
         for i in range(0, len(pcm), size):
             self._attend(*await asyncio.to_thread(self._detect, inlet, self._vad, pcm[i : i + size]))
-            await self._flush()
+            self._settle()
 
     @staticmethod
-    def _detect(inlet: audio.Inlet, vad: VadStream, pcm: bytes) -> tuple[bytes, int, list[float]]:
+    def _detect(inlet: audio.Inlet, vad: VadStream | None, pcm: bytes) -> tuple[bytes, int, list[float] | None]:
+        if vad is None:
+            return inlet.take(pcm, 1), 0, None
         heard = inlet.take(pcm, vad.window)
         return heard, vad.window * 2, vad.probabilities(heard) if heard else []
 
-    def _attend(self, heard: bytes, size: int, probabilities: list[float]) -> None:
+    def _attend(self, heard: bytes, size: int, probabilities: list[float] | None) -> None:
+        if probabilities is None:
+            if heard:
+                self._note(ev.Heard(heard))
+            return
         for i, speech in enumerate(probabilities):
-            self.hear(ev.Heard(heard[i * size : (i + 1) * size], speech))
+            self._note(ev.Heard(heard[i * size : (i + 1) * size], speech))
 
     # --- what follows -------------------------------------------------------------------------------------------------
 
@@ -206,11 +212,14 @@ class Connection:
     def _tell(self, told: ev.Told) -> None:
         settings = self._session.settings
         if isinstance(told, ev.ReplyAudio):
-            rate = settings.output_format.rate
-            for chunk in audio.chunks(audio.resample(told.pcm, told.rate, rate), rate):
-                self._post(self._codec.encode(ev.ReplyAudio(told.turn_id, chunk, rate), settings))
-            return
-        self._post(self._codec.encode(told, settings), pressing=not isinstance(told, ev.ReplyStarted))
+            self._outbox.post_lazily(self._audio_frames(told, settings))
+        else:
+            frames = self._codec.encode(told, settings)
+            self._outbox.post(frames, pressing=not isinstance(told, ev.ReplyStarted))
+
+    def _audio_frames(self, told: ev.ReplyAudio, settings: SessionSettings) -> Iterator[str]:
+        for chunk in audio.chunks(told.pcm, told.rate):
+            yield from self._codec.encode(ev.ReplyAudio(told.turn_id, chunk, told.rate), settings)
 
     def _do(self, effect: ev.Effect) -> None:
         match effect:
@@ -233,29 +242,39 @@ class Connection:
                 self._books.record(effect.kind, dict(effect.content))
 
     async def _transcribe(self, effect: ev.Transcribe) -> None:
+        settings = self._session.settings
         try:
-            text = await self._engines.transcribe(effect.pcm, effect.language)
-        except AvbError as error:
-            self.hear(ev.TranscriptionFailed(effect.item_id, effect.attempt, error.code, error.message))
+            async with asyncio.timeout(ENGINE_SILENCE):
+                text = await self._engines.transcribe(effect.pcm, effect.language, settings.stt)
+        except Exception as error:
+            self.hear(ev.TranscriptionFailed(effect.item_id, effect.attempt, *_failure(error, "stt")))
             return
         self.hear(ev.Transcribed(effect.item_id, effect.attempt, text))
 
     async def _synthesize(self, effect: ev.Synthesize) -> None:
+        settings = self._session.settings
+        rate = settings.output_format.rate
         try:
-            speech = await self._engines.speak(effect.text, self._session.settings)
-        except AvbError as error:
-            self.hear(ev.SynthesisFailed(effect.turn_id, effect.index, error.code, error.message))
+            async with asyncio.timeout(ENGINE_SILENCE):
+                speech = await self._engines.speak(effect.text, settings)
+            pcm = speech.pcm
+            if speech.seconds > LONG_AUDIO:
+                pcm = await asyncio.to_thread(audio.resample, pcm, speech.rate, rate)
+            else:
+                pcm = audio.resample(pcm, speech.rate, rate)
+        except Exception as error:
+            self.hear(ev.SynthesisFailed(effect.turn_id, effect.index, *_failure(error, "tts")))
             return
         # The work is done, so that the next piece of the same turn may take its place.
         if self._work is not None:
             self._work.pop(f"tts:{effect.turn_id}", None)
-        self.hear(ev.Synthesized(effect.turn_id, effect.index, speech.pcm, speech.rate))
+        self.hear(ev.Synthesized(effect.turn_id, effect.index, pcm, rate))
 
     async def _meter(self, effect: ev.Meter) -> None:
         try:
             await self._books.meter(effect.key, effect.stt_seconds, effect.tts_seconds)
-        except AvbError as error:
-            self.hear(ev.MeteringFailed(effect.key, error.code, error.message))
+        except Exception as error:
+            self.hear(ev.MeteringFailed(effect.key, *_failure(error, "store")))
             return
         self.hear(ev.Metered(effect.key))
 
@@ -297,54 +316,6 @@ class Connection:
         else:
             self._arm()
 
-    # --- out ----------------------------------------------------------------------------------------------------------
-
-    def _post(self, frames: list[str], *, pressing: bool = True) -> None:
-        if not frames or self._closing is not None:
-            return
-        self._pressing = self._pressing or pressing
-        if self._outbox is None:
-            self._outbox = []
-        self._outbox.extend(frames)
-        self._outbox_bytes += sum(len(frame) for frame in frames)
-        if self._outbox_bytes > MAX_OUTBOX:
-            log.warning("a client does not read what it is sent and was disconnected")
-            self._outbox.clear()
-            self.close(SLOW_CONSUMER, "slow consumer")
-
-    def _write(self) -> bool:
-        """Send what is waiting right now, if the server can do that and the client keeps up."""
-        if self._write_frames is None or self._closing is not None or not self._write_frames(self._outbox or []):
-            return False
-        self._sent()
-        return True
-
-    def _sent(self) -> None:
-        self._outbox = None
-        self._outbox_bytes = 0
-        self._pressing = False
-
-    async def _flush(self) -> None:
-        """Send what is waiting; one at a time, so that frames keep their order."""
-        if self._flushing:
-            return
-        self._flushing = True
-        try:
-            while self._outbox:
-                frames = self._outbox
-                self._sent()
-                for frame in frames:
-                    await self._send_message({"type": "websocket.send", "text": frame})
-            if self._closing is not None:
-                code, reason = self._closing
-                await self._send_message({"type": "websocket.close", "code": code, "reason": reason})
-        except (OSError, RuntimeError):
-            # The client has gone; `run` hears of it as a disconnect.
-            if self._outbox is not None:
-                self._outbox.clear()
-        finally:
-            self._flushing = False
-
     def _hear_last(self) -> None:
         self._follow(self._session.receive(ev.Ended(), self._loop.time()))
         for task in list((self._work or {}).values()):
@@ -352,3 +323,13 @@ class Connection:
         if self._timer is not None:
             self._timer.cancel()
         self._bus.hang_up(self._line)
+
+
+def _failure(error: Exception, what: str) -> tuple[str, str]:
+    """Code and message for the client; what we did not expect is logged by its kind, never by its words."""
+    if isinstance(error, AvbError):
+        return error.code, error.message
+    if isinstance(error, TimeoutError):
+        return f"{what}_timeout", f"There was no result within {ENGINE_SILENCE:.0f} s."
+    log.error("unexpected failure of %s: %s", what, type(error).__name__, exc_info=error if what == "store" else None)
+    return "internal_error", "Something went wrong on our side."

@@ -60,6 +60,8 @@ class ResponseWanted:
     metadata: Mapping[str, str] | None = None
     speaks: bool | None = None
     """Overrides `SessionSettings.speaks` for this answer."""
+    text: str | None = None
+    """What is to be answered, when the client writes and asks in one go."""
     event_id: str | None = None
 
 

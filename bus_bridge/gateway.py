@@ -18,22 +18,24 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.books import Books
 from agentvoicebox.bus_bridge.bus import Bus, Line
-from agentvoicebox.bus_bridge.connection import Codec, Connection, Receive, Send
+from agentvoicebox.bus_bridge.connection import Codec, Connection, Receive
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection
 from agentvoicebox.bus_bridge.native import NativeCodec, SessionConfig
+from agentvoicebox.bus_bridge.outbox import Outbox, Send
 from agentvoicebox.bus_bridge.realtime.codec import RealtimeCodec
 from agentvoicebox.bus_bridge.session import Session
-from agentvoicebox.bus_bridge.websocket import FRAMES
-from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Refused
+from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
+from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Refused, Unavailable
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import sessions, voices
 from agentvoicebox.tenancy.database import Database
@@ -54,6 +56,10 @@ KEY_SUBPROTOCOL = "openai-insecure-api-key."
 LONGEST_SESSION = 24 * 3600
 """Seconds after which a session is ended."""
 
+PATIENCE = 10.0
+"""Seconds that clients have to leave when the node stops."""
+
+RESTARTING = 1012
 UNAUTHORISED = 4001
 NO_SESSION = 4004
 EXPIRED = 4008
@@ -77,6 +83,20 @@ def hash_of(name: str, tenant_id: str) -> int:
     return uuid.uuid5(uuid.NAMESPACE_OID, f"{name}/{tenant_id}").int
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A client at the door, admitted, and the session it comes for."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    secret: str = field(repr=False)
+    grant: Grant
+    session_id: uuid.UUID
+    new_id: Callable[[str], str]
+    voice: voices.VoiceConfig
+
+
 @dataclass(slots=True)
 class Gateway:
     """The ASGI application for WebSockets."""
@@ -90,8 +110,12 @@ class Gateway:
     _live: dict[uuid.UUID, set[Connection]] = field(default_factory=dict)
     """Open connections by the key that opened them."""
     _connected: set[uuid.UUID] = field(default_factory=set)
-    """Sessions with a connection."""
-    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """Sessions with a connection, or whose end is not in the store yet."""
+    _closing: bool = False
+    _serving: set[asyncio.Task[Any]] = field(default_factory=set)
+    """The server's tasks in which connections run."""
+    _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Work for sessions, which may outlive their connection."""
 
     def __post_init__(self) -> None:
         self.keyring.on_revoked(self._revoked)
@@ -106,30 +130,35 @@ class Gateway:
         await receive()  # websocket.connect
         realtime = scope["path"].rstrip("/") in REALTIME
         try:
-            grant = await self._admit(scope)
+            if self._closing:
+                raise Unavailable("The node is restarting; connect again in a few seconds.")
+            secret, grant = await self._admit(scope)
             if realtime:
-                await self._serve_realtime(scope, receive, send, grant)
+                await self._serve_realtime(scope, receive, send, secret, grant)
             elif native := NATIVE.match(scope["path"]):
-                await self._serve_native(native.group(1), scope, receive, send, grant)
+                await self._serve_native(native.group(1), scope, receive, send, secret, grant)
             else:
                 raise NotFound(f"There is no socket at {scope['path']}.")
         except AvbError as error:
             await _reject(send, error, realtime)
 
     async def close(self) -> None:
-        """Let clients know that we are going, and wait until everything they used is in the books."""
+        """Let clients know that we are going, and wait until what they used is in the books; a few seconds at most."""
+        self._closing = True
         for connection in [c for found in self._live.values() for c in found]:
-            connection.close(1012, "restarting")
-        while self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
-            if self._live:
-                await asyncio.sleep(0.05)
+            connection.close(RESTARTING, "restarting")
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while busy := self._serving | self._tasks:
+                    await asyncio.wait(busy)
+        except TimeoutError:
+            log.warning("%d sessions did not end in time", self.connections)
 
     # --- who may come in ----------------------------------------------------------------------------------------------
 
-    async def _admit(self, scope: Scope) -> Grant:
+    async def _admit(self, scope: Scope) -> tuple[str, Grant]:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self._check_origin(headers)
+        self._check_origin(headers, scope["scheme"])
         if _names(scope["query_string"]) & {"key", "api_key", "api-key", "token", "access_token"}:
             raise Refused("Keys do not belong into a URL: send `Authorization: Bearer …`.", code="invalid_api_key")
         secret = _secret(headers, scope["subprotocols"])
@@ -137,14 +166,15 @@ class Gateway:
             raise Refused("An API key is needed: send `Authorization: Bearer avb_…`.", code="authentication_failed")
         grant = await self.keyring.verify(secret)
         grant.require("realtime")
-        return grant
+        return secret, grant
 
-    def _check_origin(self, headers: dict[str, str]) -> None:
+    def _check_origin(self, headers: dict[str, str], scheme: str) -> None:
         """Browsers say whose page opens the socket; only our own and declared ones may (cross-site hijacking)."""
         origin = headers.get("origin")
         if origin is None or origin in self.settings.allowed_origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        own = "https" if scheme == "wss" else "http"
+        if origin != f"{own}://{headers.get('host')}":
             raise Forbidden(
                 "This page may not open a socket here; the operator allows origins with AVB_ALLOWED_ORIGINS.",
                 code="origin_not_allowed",
@@ -152,7 +182,7 @@ class Gateway:
 
     # --- the doors ----------------------------------------------------------------------------------------------------
 
-    async def _serve_realtime(self, scope: Scope, receive: Receive, send: Send, grant: Grant) -> None:
+    async def _serve_realtime(self, scope: Scope, receive: Receive, send: Send, secret: str, grant: Grant) -> None:
         headers = dict(scope["headers"])
         offered = scope["subprotocols"]
         if b"realtime=v1" in headers.get(b"openai-beta", b"") or "openai-beta.realtime-v1" in offered:
@@ -173,11 +203,15 @@ class Gateway:
             client_ip=_client(scope),
             user_agent=_user_agent(headers),
         )
+        new_id = identifiers(row.id)
         codec = RealtimeCodec(row.id.hex, model, int(time.time()) + LONGEST_SESSION, new_id)
-        await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-        await self._serve(row.id, settings, voice, codec, grant, receive, send, scope["extensions"].get(FRAMES))
+        self._connected.add(row.id)
+        call = Call(scope, receive, send, secret, grant, row.id, new_id, voice)
+        await self._serve(call, settings, codec)
 
-    async def _serve_native(self, name: str, scope: Scope, receive: Receive, send: Send, grant: Grant) -> None:
+    async def _serve_native(
+        self, name: str, scope: Scope, receive: Receive, send: Send, secret: str, grant: Grant
+    ) -> None:
         offered = scope["subprotocols"]
         row, refusal = await self._find(name, grant)
         if row is not None and row.id in self._connected:
@@ -189,14 +223,16 @@ class Gateway:
         self._connected.add(row.id)
         try:
             voice = await voices.get(self.database, grant.tenant_id)
-            settings = self._settings(voice)
-            chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
-            codec = NativeCodec(str(row.id), row.created_at, lambda: datetime.now(UTC))
-            await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-            settings = dataclasses.replace(settings, **chosen)
-            await self._serve(row.id, settings, voice, codec, grant, receive, send, scope["extensions"].get(FRAMES))
-        finally:
+        except BaseException:
             self._connected.discard(row.id)
+            raise
+        settings = self._settings(voice)
+        chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
+        if chosen.get("language") not in self.settings.languages:
+            chosen.pop("language", None)
+        codec = NativeCodec(str(row.id), row.created_at, lambda: datetime.now(UTC))
+        call = Call(scope, receive, send, secret, grant, row.id, identifiers(row.id), voice)
+        await self._serve(call, dataclasses.replace(settings, **chosen), codec)
 
     async def _find(self, name: str, grant: Grant) -> tuple[Row | None, tuple[int, str]]:
         """The session of that id if it can be connected to, else the close code and reason."""
@@ -210,62 +246,75 @@ class Gateway:
         return row, (1000, "")
 
     def _settings(self, voice: voices.VoiceConfig) -> SessionSettings:
-        """Where a session of this tenant begins."""
+        """Where a session of this tenant begins. A language that no cell speaks becomes the first one that they do."""
+        languages = self.settings.languages
         return SessionSettings(
-            language=voice.language,
+            language=voice.language if voice.language in languages else languages[0],
             voice=voice.voice,
             speed=voice.speed,
+            stt=voice.stt,
+            tts=voice.tts,
             turn_detection=TurnDetection(silence=self.settings.vad_hangover),
         )
 
-    async def _serve(
-        self,
-        session_id: uuid.UUID,
-        settings: SessionSettings,
-        voice: voices.VoiceConfig,
-        codec: Codec,
-        grant: Grant,
-        receive: Receive,
-        send: Send,
-        write_frames: Callable[[list[str]], bool] | None,
-    ) -> None:
+    async def _serve(self, call: Call, settings: SessionSettings, codec: Codec) -> None:
+        grant = call.grant
+        outcome = SessionStatus.ERROR
+        try:
+            # Before the upgrade: a store that is away refuses here.
+            await sessions.activate(self.database, grant.tenant_id, call.session_id)
+            await call.send({"type": "websocket.accept", "subprotocol": _select(call.scope["subprotocols"])})
+            code = await self._run(call, settings, codec)
+            ended = code in (1000, 1001, 1005, 1006)
+            outcome = SessionStatus.COMPLETED if ended else SessionStatus.TERMINATED
+        finally:
+            done = partial(self._connected.discard, call.session_id)
+            self.books.end(grant.tenant_id, call.session_id, outcome, done)
+
+    async def _run(self, call: Call, settings: SessionSettings, codec: Codec) -> int:
+        grant = call.grant
         tenant_id = str(grant.tenant_id)
         line = Line(
-            str(session_id),
+            str(call.session_id),
             tenant_id,
-            context={"tenant_name": grant.tenant_name, "persona_name": voice.persona_name},
-            disabled_skills=voice.disabled_skills,
+            context={"tenant_name": grant.tenant_name, "persona_name": call.voice.persona_name},
+            disabled_skills=call.voice.disabled_skills,
         )
+        extensions = call.scope["extensions"]
         connection = Connection(
-            Session(settings, new_id),
+            Session(settings, call.new_id),
             codec,
             line,
             bus=self.cells.of(tenant_id),
             engines=self.engines,
-            books=self.books.of(grant, session_id),
+            books=self.books.of(grant, call.session_id),
             vad=self.settings.vad,
-            receive=receive,
-            send=send,
-            write_frames=write_frames,
+            languages=self.settings.languages,
+            receive=call.receive,
+            outbox=Outbox(call.send, extensions.get(FRAMES), extensions.get(ABORT), self._spawn),
             spawn=self._spawn,
         )
         self._live.setdefault(grant.key_id, set()).add(connection)
         timer = self._expire(connection, grant)
-        outcome = SessionStatus.COMPLETED
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
-            await sessions.activate(self.database, grant.tenant_id, session_id)
-            code = await connection.run()
-            if code not in (1000, 1001, 1005, 1006):
-                outcome = SessionStatus.TERMINATED
-        except AvbError as error:
-            connection.close(1011, error.code, ev.Problem(error.code, error.message))
-            outcome = SessionStatus.ERROR
+            await self._check_again(call, connection)
+            return await connection.run()
         finally:
             timer.cancel()
+            self._serving.discard(task)
             self._live[grant.key_id].discard(connection)
             if not self._live[grant.key_id]:
                 del self._live[grant.key_id]
-            self.books.end(grant.tenant_id, session_id, outcome)
+
+    async def _check_again(self, call: Call, connection: Connection) -> None:
+        """The key may have been revoked while the session was prepared, when nobody could be told."""
+        try:
+            await self.keyring.verify(call.secret)
+        except AvbError as error:
+            connection.close(UNAUTHORISED, error.code, ev.Problem(error.code, error.message))
 
     # --- credentials that die later -----------------------------------------------------------------------------------
 
@@ -296,13 +345,11 @@ class Gateway:
             log.error("a session's work failed unexpectedly", exc_info=error)
 
 
-_process = secrets.token_hex(8)
-_numbers = itertools.count(1)
-
-
-def new_id(kind: str) -> str:
-    """A fresh identifier, as in `resp_5b0c…1f`: random for the process, counted in it."""
-    return f"{kind}_{_process}{next(_numbers):x}"
+def identifiers(session_id: uuid.UUID) -> Callable[[str], str]:
+    """Fresh identifiers for one session, as in `resp_5b0c…_1f`: its own, and counted in it."""
+    numbers = itertools.count(1)
+    name = f"{session_id.hex[:16]}{secrets.token_hex(3)}"
+    return lambda kind: f"{kind}_{name}_{next(numbers):x}"
 
 
 def _secret(headers: dict[str, str], subprotocols: list[str]) -> str | None:

@@ -41,6 +41,9 @@ class SessionSettings:
     voice: str = "auto"
     """Name of a voice of the speech engine; `auto` or an unknown one means the engine's own choice."""
     speed: float = 1.0
+    stt: str = "auto"
+    """ovos-plugin-manager name of the tenant's recogniser; `auto` is the node's choice. Clients do not choose it."""
+    tts: str = "auto"
     speaks: bool = True
     """Whether replies are spoken; otherwise they are text only."""
     turn_detection: TurnDetection | None = field(default_factory=TurnDetection)

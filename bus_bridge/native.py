@@ -197,10 +197,12 @@ class NativeCodec:
             case _AudioClear():
                 return [ev.AudioCleared(event.event_id)]
             case _ResponseCreate(messages=messages):
-                written: list[Input] = []
-                if messages:
-                    written.append(ev.TextAdded(messages[-1].content, event_id=event.event_id))
-                return [*written, ev.ResponseWanted(event_id=event.event_id)]
+                text = " ".join(message.content for message in messages) if messages else None
+                if text is not None and len(text) > MAX_TEXT:
+                    raise wire.WireError(
+                        "invalid_value", f"At most {MAX_TEXT} characters are answered.", "messages", event.event_id
+                    )
+                return [ev.ResponseWanted(text=text, event_id=event.event_id)]
             case _ResponseCancel():
                 return [ev.ResponseCancelled(event_id=event.event_id)]
             case _SessionUpdate(config=config):

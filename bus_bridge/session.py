@@ -15,7 +15,7 @@ from agentvoicebox.bus_bridge.models import (
     TurnStatus,
     timings_ms,
 )
-from agentvoicebox.bus_bridge.turns import Change, Listener, Stage, Turn, Utterance
+from agentvoicebox.bus_bridge.turns import Change, Listener, Stage, Turn, Utterance, sentences
 
 CORE_SILENCE = 10.0
 """Seconds without any message of a turn after which it ends."""
@@ -31,6 +31,9 @@ LONGEST_BUFFER = 300.0
 
 READING = 0.05
 """Seconds after which written text counts as played."""
+
+MOST_OPEN = 4
+"""Utterances of a session that may be recognised or wait for an answer at the same time."""
 
 REMEMBERED_TURNS = 16
 """How many cancelled turns are remembered, so that what they say later is not taken for a reminder."""
@@ -164,6 +167,10 @@ class Session:
                 event.event_id,
             )
             return
+        if len(self._open or ()) >= MOST_OPEN:
+            message = f"{MOST_OPEN} utterances are being recognised; commit the next one when one of them is done."
+            self._refuse("too_many_utterances", message, event.event_id)
+            return
         self._buffer = None
         utterance = Utterance(self._new_id("item"))
         self._recognise(utterance, audio)
@@ -188,6 +195,8 @@ class Session:
                 event.event_id,
             )
             return
+        if event.text is not None:
+            self._text_added(ev.TextAdded(event.text, event_id=event.event_id), now)
         utterance, self._unanswered = self._unanswered, None
         if utterance is None:
             self._refuse("nothing_to_answer", "Say or write something first.", event.event_id)
@@ -311,7 +320,11 @@ class Session:
             return
         if self._waiting is None:
             self._waiting = deque()
-        self._waiting.append(turn)
+        if len(self._waiting) < MOST_OPEN:
+            self._waiting.append(turn)
+        else:
+            message = f"{MOST_OPEN} answers are waiting already; this one will not be given."
+            self._refuse("too_many_turns", message)
 
     def _start(self, turn: Turn, now: float) -> None:
         self._turn = turn
@@ -319,10 +332,10 @@ class Session:
         self._last_item = turn.item_id
         utterance = turn.utterance
         if utterance is None:
-            pieces, turn.pieces = turn.pieces, []
+            said, turn.said = turn.said, []
             turn.stage = Stage.ANSWERING
             turn.handled = True
-            for text in pieces:
+            for text in said:
                 self._say(turn, text, now)
             self._settle_if_complete(turn, now)
             return
@@ -360,7 +373,7 @@ class Session:
         turn = self._current(event.turn_id)
         if turn is None:
             turn = self._new_turn(None)  # a timer or reminder: nobody asked just now
-            turn.pieces.append(text)
+            turn.said.append(text)
             self._enqueue(turn, now)
             return
         turn.stage = Stage.ANSWERING
@@ -374,7 +387,8 @@ class Session:
 
     def _say(self, turn: Turn, text: str, now: float) -> None:
         turn.stamp(Stamp.SPOKE, now)
-        turn.pieces.append(text)
+        turn.said.append(text)
+        turn.pieces += sentences(text)
         self._out.append(ev.ReplyText(turn.id, text))
         if turn.speaks:
             self._synthesize_next(turn, now)
@@ -397,7 +411,6 @@ class Session:
             return
         turn.synthesizing = False
         turn.synthesized += 1
-        turn.deadline = now + CORE_SILENCE
         if event.pcm:
             seconds = len(event.pcm) / 2 / event.rate
             turn.stamp(Stamp.FIRST_AUDIO, now)
@@ -405,6 +418,8 @@ class Session:
             self._playing_until = max(self._playing_until or now, now) + seconds
             self._playing_turn = turn.id
             self._out.append(ev.ReplyAudio(turn.id, event.pcm, event.rate))
+        # A handler may wait until all this has been played before it goes on.
+        turn.deadline = max(self._playing_until or now, now) + CORE_SILENCE
         self._synthesize_next(turn, now)
         self._settle_if_complete(turn, now)
 
@@ -454,7 +469,7 @@ class Session:
 
     def _settle(self, turn: Turn, status: TurnStatus, reason: str | None, message: str | None, now: float) -> None:
         turn.stage = Stage.SETTLING
-        turn.deadline = float("inf")  # the ledger has a time limit of its own
+        turn.deadline = now + ENGINE_SILENCE  # the ledger has a shorter limit of its own
         turn.ending = (status, reason, message)
         utterance = turn.utterance
         heard = 0.0
@@ -523,11 +538,14 @@ class Session:
         turn = self._turn
         if turn is None or now < turn.deadline:
             return
-        if turn.stage is Stage.UNDERSTANDING:
+        if turn.stage is Stage.SETTLING:
+            turn.ending = (TurnStatus.FAILED, "store_unavailable", "What was used could not be recorded.")
+            self._end(turn, now)
+        elif turn.stage is Stage.UNDERSTANDING:
             self._fail(turn, "stt_timeout", f"Speech was not recognised within {ENGINE_SILENCE:.0f} s.", now)
         elif turn.synthesizing:
             self._fail(turn, "tts_timeout", f"Speech was not synthesised within {ENGINE_SILENCE:.0f} s.", now)
-        elif turn.pieces:
+        elif turn.said:
             turn.handled = True
             self._settle_if_complete(turn, now)
         else:
@@ -587,10 +605,12 @@ class Session:
 
     def _forget_input(self) -> None:
         self._buffer = None
-        self._listener = None
         if self._speaking is not None:
             self._stop_recognising(self._speaking)
+            at = self._listener.position if self._listener is not None else 0.0
+            self._out.append(ev.SpeechStopped(self._speaking.item_id, at))
             self._speaking = None
+        self._listener = None
 
 
 _HANDLERS: dict[type, Callable[[Session, Any, float], None]] = {

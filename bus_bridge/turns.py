@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,26 @@ LONGEST_UTTERANCE = 60.0
 
 HYSTERESIS = 0.15
 """How far below the threshold the speech probability must fall before a window counts as silence."""
+
+
+LONGEST_PIECE = 300
+"""Characters that are synthesised in one go: the first words of a long answer need not wait for the last."""
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+def sentences(text: str) -> list[str]:
+    """A text in stretches of at most `LONGEST_PIECE` characters, cut between sentences where that is possible."""
+    if len(text) <= LONGEST_PIECE:
+        return [text]
+    pieces = [""]
+    for sentence in _SENTENCE.split(text):
+        for part in textwrap.wrap(sentence, LONGEST_PIECE) or [""]:
+            if len(pieces[-1]) + len(part) < LONGEST_PIECE:
+                pieces[-1] = f"{pieces[-1]} {part}".strip()
+            else:
+                pieces.append(part)
+    return [piece for piece in pieces if piece]
 
 
 class Change(Enum):
@@ -151,8 +173,10 @@ class Turn:
     speaks: bool
     metadata: Mapping[str, str] | None = None
     stage: Stage = Stage.WAITING
-    pieces: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     """What core said, in order."""
+    pieces: list[str] = field(default_factory=list)
+    """The same, in stretches that are spoken one by one."""
     synthesized: int = 0
     """How many of the pieces have become audio."""
     synthesizing: bool = False
@@ -169,7 +193,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The whole reply so far."""
-        return " ".join(self.pieces)
+        return " ".join(self.said)
 
     @property
     def complete(self) -> bool:

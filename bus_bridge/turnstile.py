@@ -38,12 +38,12 @@ class Turnstile:
             return
         self._queues.setdefault(tenant_id, deque()).append((turn_id, go))
 
-    def leave(self, turn_id: str) -> None:
-        """The turn is through, or does not want to go in any more. Unknown turns are no error."""
+    def leave(self, turn_id: str) -> bool:
+        """The turn is through, or does not want to go in any more; returns whether it was still waiting."""
         if turn_id in self._inside:
             self._inside.discard(turn_id)
             self._admit()
-            return
+            return False
         for tenant_id, queue in self._queues.items():
             kept = deque(entry for entry in queue if entry[0] != turn_id)
             if len(kept) != len(queue):
@@ -51,7 +51,8 @@ class Turnstile:
                     self._queues[tenant_id] = kept
                 else:
                     del self._queues[tenant_id]
-                return
+                return True
+        return False
 
     def clear(self) -> None:
         """Forget everybody: there is nothing behind the turnstile any more."""

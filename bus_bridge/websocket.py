@@ -16,12 +16,17 @@ FRAMES = "agentvoicebox.frames"
 true, or returns false when the client is slow or gone, and the ASGI way, which waits, has to be taken."""
 
 
+ABORT = "agentvoicebox.abort"
+"""Key of the extension whose value is a function that cuts the connection, whatever is still unsent."""
+
+
 class BatchingProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol for its `ws` setting, with the extension `FRAMES`."""
+    """uvicorn's protocol for its `ws` setting, with the extensions `FRAMES` and `ABORT`."""
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
         extensions[FRAMES] = self.write_frames
+        extensions[ABORT] = self.abort
         await super().run_asgi()
 
     def write_frames(self, texts: list[str]) -> bool:
@@ -32,3 +37,7 @@ class BatchingProtocol(WebSocketsSansIOProtocol):
             self.conn.send_text(text.encode())
         self.transport.write(b"".join(self.conn.data_to_send()))
         return True
+
+    def abort(self) -> None:
+        """End the connection now: closing waits for a client to take what it does not read."""
+        self.transport.abort()

@@ -120,8 +120,9 @@ class Pool:
     """The engines of one process. Cancelling a task that awaits one of its methods cancels the engine's work."""
 
     def __init__(self, threads: int = 0) -> None:
-        # The order of the work is decided here and nowhere else: first come, first served.
-        self._threads = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 2), thread_name_prefix="engine")
+        # The order of the work is decided here and nowhere else: first come, first served; no ear waits for a voice.
+        count = threads or max(2, os.cpu_count() or 2)
+        self._threads = {kind: ThreadPoolExecutor(count, thread_name_prefix=kind) for kind in ("stt", "tts")}
         self._engines: dict[EngineSpec, asyncio.Task[_Engine]] = {}
         memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
         self._directory = tempfile.TemporaryDirectory(prefix="agentvoicebox-", dir=memory)
@@ -144,7 +145,8 @@ class Pool:
 
     def close(self) -> None:
         """Let the work at hand end, start no more, and forget all engines."""
-        self._threads.shutdown(cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(cancel_futures=True)
         self._engines.clear()
         self._directory.cleanup()
 
@@ -159,7 +161,9 @@ class Pool:
         caller = _Caller()
         context = contextvars.copy_context()
         context.run(_caller.set, caller)
-        job = asyncio.get_running_loop().run_in_executor(self._threads, context.run, _guarded, spec, caller, work)
+        job = asyncio.get_running_loop().run_in_executor(
+            self._threads[spec.kind], context.run, _guarded, spec, caller, work
+        )
         try:
             return await job
         except asyncio.CancelledError:

@@ -175,7 +175,10 @@ class Item(msgspec.Struct):
             raise WireError(
                 "unsupported_item", "Items are user messages with `input_text` content here.", "item", event_id
             )
-        return ev.TextAdded(" ".join(texts), self.id, event_id)
+        text = " ".join(texts)
+        if len(text) > MAX_TEXT:
+            raise WireError("invalid_value", f"An item holds at most {MAX_TEXT} characters.", "item.content", event_id)
+        return ev.TextAdded(text, self.id, event_id)
 
 
 class ItemCreate(ClientEvent, tag="conversation.item.create", kw_only=True):

@@ -16,7 +16,9 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from agentvoicebox.tenancy import keys, sessions
+from agentvoicebox.bus_bridge import outbox
+from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.tenancy import keys, sessions, voices
 from agentvoicebox.tenancy.models import SessionStatus
 
 NATIVE_LIMIT = 1024 * 1024
@@ -274,3 +276,114 @@ async def test_a_session_that_is_ended_is_over(stack: Any, customer: Any):
     assert row.status == "completed"
     assert [event.event_type for event in events] == ["transcript", "response"]
     assert events[1].content["timings_ms"]["core"] > 0
+
+
+async def until_closed(socket: ClientConnection) -> AsyncIterator[str]:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                yield str(await socket.recv())
+            except ConnectionClosed:
+                return
+
+
+async def test_a_key_that_is_revoked_while_the_session_is_prepared(
+    stack: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    customer = await new_customer()
+    real = voices.get
+
+    async def slow(*arguments: Any) -> Any:
+        await keys.revoke(stack.database, customer.id, customer.key_id)
+        async with asyncio.timeout(5):
+            while customer.key_id not in revoked:
+                await asyncio.sleep(0.01)
+        return await real(*arguments)
+
+    revoked: list[uuid.UUID] = []
+    stack.gateway.keyring.on_revoked(revoked.append)
+    monkeypatch.setattr(voices, "get", slow)
+    async with connect(socket_url(stack, PATHS[0]), additional_headers=customer.headers) as socket:
+        types = [json.loads(frame)["type"] async for frame in until_closed(socket)]
+        assert types == ["error"], "not even the session is shown"
+        assert socket.close_code == 4001
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "https://{host}", "file://"])
+async def test_no_origin_gets_further_than_ours(stack: Any, customer: Any, origin: str):
+    origin = origin.replace("{host}", stack.url.removeprefix("http://"))
+    status, body = await refused(
+        stack, PATHS[0], additional_headers=customer.headers | {"Origin": origin}, user_agent_header=None
+    )
+    assert (status, body["error"]["code"]) == (403, "origin_not_allowed")
+
+
+async def test_a_store_that_is_away_refuses_before_the_upgrade(
+    stack: Any, customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    async def away(*_: Any) -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable")
+
+    monkeypatch.setattr(sessions, "activate", away)
+    status, body = await refused(stack, PATHS[0], additional_headers=customer.headers)
+    assert (status, body["error"]["code"]) == (503, "store_unavailable")
+
+
+async def test_a_session_is_not_connected_again_once_it_has_ended(stack: Any, customer: Any):
+    made = await created(stack, customer, modality="text")
+    path = f"/ws/v2/sessions/{made['session_id']}"
+    async with connect(made["ws_url"], additional_headers=customer.headers) as socket:
+        await read(socket)
+        await read(socket)
+        assert await write("native", socket, "who am i talking to")
+    codes = set()
+    async with asyncio.timeout(10):
+        while 4004 not in codes:
+            codes.add((await closed(stack, path, customer))[0])
+            await asyncio.sleep(0.05)
+    assert codes <= {4009, 4004}, "first it is still being closed, then it is over"
+    events = await sessions.history(stack.database, customer.id, uuid.UUID(made["session_id"]))
+    assert [event.sequence for event in events] == [0, 1]
+
+
+async def test_an_item_cannot_be_larger_than_core_takes(stack: Any, customer: Any):
+    parts = [{"type": "input_text", "text": "x" * 8_000}] * 600
+    async with realtime(stack, customer) as socket:
+        item = {"type": "message", "role": "user", "content": parts}
+        await socket.send(json.dumps({"type": "conversation.item.create", "item": item, "event_id": "e1"}))
+        told = await read(socket)
+        assert (told["error"]["code"], told["error"]["event_id"]) == ("invalid_value", "e1")
+        assert await write("realtime", socket, "who am i talking to")
+
+
+async def test_a_client_that_does_not_read_is_let_go(stack: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch):
+    """Closing it waits neither for what it does not take nor for its answer."""
+    monkeypatch.setattr(outbox, "FAREWELL", 0.2)
+    customer = await new_customer()
+    made = await created(stack, customer, modality="audio", output_rate=48_000)
+    before = stack.gateway.connections
+    socket = await connect(made["ws_url"], additional_headers=customer.headers, max_queue=1, max_size=None)
+    try:
+        text = "say " + "one two three four five six seven eight nine ten. " * 60
+        await socket.send(json.dumps({"type": "response.create", "messages": [{"content": text}]}))
+        socket.transport.pause_reading()
+        async with asyncio.timeout(20):
+            while not any(c._outbox.waiting for found in stack.gateway._live.values() for c in found):
+                await asyncio.sleep(0.05)
+            await keys.revoke(stack.database, customer.id, customer.key_id)
+            while stack.gateway.connections > before:
+                await asyncio.sleep(0.05)
+    finally:
+        socket.transport.abort()
+
+
+async def test_a_language_that_no_cell_speaks_is_refused(stack: Any, new_customer: Any):
+    customer = await new_customer(language="de-DE")
+    async with native(stack, customer) as socket:
+        update = {"type": "session.update", "config": {"language": "fr-FR"}, "event_id": "e1"}
+        await socket.send(json.dumps(update))
+        told = await read(socket)
+        assert (told["error"]["param"], told["error"]["event_id"]) == ("config.language", "e1")
+        await socket.send(json.dumps({"type": "session.update", "config": {"speed": 1.5}}))
+        config = (await read(socket))["data"]["config"]
+        assert (config["language"], config["speed"]) == ("en-US", 1.5)

@@ -39,7 +39,7 @@ def sent(**fields: Any) -> str:
         (sent(type="response.create"), [ev.ResponseWanted()]),
         (
             sent(type="response.create", messages=[{"role": "user", "content": "hello"}], event_id="e"),
-            [ev.TextAdded("hello", event_id="e"), ev.ResponseWanted(event_id="e")],
+            [ev.ResponseWanted(text="hello", event_id="e")],
         ),
         (
             sent(type="session.update", config={"voice": "rms", "speed": 1.5, "modality": "text", "input_rate": 8000}),

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
-from agentvoicebox.bus_bridge.session import CORE_SILENCE, ENGINE_SILENCE, LONGEST_BUFFER, Session
+from agentvoicebox.bus_bridge.session import CORE_SILENCE, ENGINE_SILENCE, LONGEST_BUFFER, MOST_OPEN, Session
+from agentvoicebox.bus_bridge.turns import LONGEST_PIECE, sentences
 
 WINDOW = b"\x01\x00" * 512
 TEXT_ONLY = SessionSettings(speaks=False)
@@ -440,6 +441,85 @@ def test_the_end_of_a_session_ends_everything():
     assert told.last(ev.Record).content["reason"] == "session_ended"
     assert told(ev.Spoke(turn, "More.")) == []
     assert told(ev.Heard(WINDOW, 0.9)) == []
+
+
+def test_recognitions_and_waiting_answers_are_bounded():
+    told = Told(MANUAL)
+    for _ in range(MOST_OPEN):
+        told(ev.Heard(WINDOW * 20))
+        told(ev.AudioCommitted())
+    told(ev.Heard(WINDOW * 20))
+    assert told(ev.AudioCommitted("evt_5"))[0].code == "too_many_utterances"
+    told = Told(SessionSettings(turn_detection=TurnDetection(interrupt_response=False)))
+    for _ in range(MOST_OPEN + 3):
+        told.say("one more")
+    refused = [item.code for item in told.all if isinstance(item, ev.Problem)]
+    assert refused == ["too_many_turns"] * 2, "one is answered, some wait, the rest is refused"
+
+
+def test_a_turn_lasts_as_long_as_its_answer_is_played():
+    told = Told()
+    turn = told.say("tell me a story")
+    told(ev.Spoke(turn, "Once upon a time."))
+    told(ev.Synthesized(turn, 0, b"\0\0" * 16_000 * 30, 16_000))
+    told(ev.TimePassed(), 25)
+    assert told.session.active, "the handler may wait for the end of playback"
+    told(ev.TimePassed(), 5)
+    told(ev.TimePassed(), CORE_SILENCE)
+    told(ev.Metered(turn))
+    assert not told.session.active
+
+
+def test_a_ledger_that_never_answers_does_not_hold_the_session():
+    told = Told()
+    turn = told.say("hello")
+    told(ev.Spoke(turn, "Hi."))
+    told(ev.Handled(turn))
+    told(ev.Synthesized(turn, 0, b"\0\0" * 100, 16_000))
+    told(ev.TimePassed(), ENGINE_SILENCE)
+    assert told.last(ev.ReplyEnded).reason == "store_unavailable"
+
+
+def test_a_refused_wish_leaves_nothing_behind():
+    told = Told(TEXT_ONLY)
+    told(ev.ResponseWanted(text="one"))
+    turn = told.last(ev.ReplyStarted).turn_id
+    assert told(ev.ResponseWanted(text="two"))[0].code == "conversation_already_has_active_response"
+    told(ev.Spoke(turn, "One."))
+    told(ev.Handled(turn))
+    assert told(ev.ResponseWanted())[0].code == "nothing_to_answer"
+
+
+def test_speech_that_began_also_ends():
+    told = Told()
+    told.speak()
+    told(ev.AudioCleared())
+    assert told.last(ev.SpeechStopped).item_id == told.last(ev.SpeechStarted).item_id
+
+
+def test_a_long_answer_is_spoken_in_stretches_and_told_whole():
+    told = Told()
+    turn = told.say("tell me everything")
+    text = "This is a sentence of the answer. " * 20
+    told(ev.Spoke(turn, text))
+    first = told.last(ev.Synthesize).text
+    assert len(first) <= LONGEST_PIECE
+    assert text.startswith(first)
+    told(ev.Handled(turn))
+    count = 0
+    while told.count(ev.Meter) == 0:
+        told(ev.Synthesized(turn, count, b"\0\0" * 100, 16_000))
+        count += 1
+    told(ev.Metered(turn))
+    assert count == told.count(ev.Synthesize) > 1
+    assert told.last(ev.ReplyEnded).text == text.strip()
+
+
+@given(st.text(alphabet="ab. !\n", max_size=2_000) | st.text(max_size=1_000))
+def test_no_word_is_lost_between_stretches(text: str):
+    pieces = sentences(text)
+    assert all(len(piece) <= LONGEST_PIECE or piece == text for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
 def test_changed_detection_forgets_what_was_half_heard():

@@ -54,8 +54,10 @@ def test_a_doubtful_window_ends_nothing_by_itself():
 
 def test_endless_speech_ends():
     listener = Listener(TurnDetection())
-    changes = hear(listener, *[0.9] * int(LONGEST_UTTERANCE / SECONDS + 20))
-    assert changes == [Change.BEGAN, Change.ENDED] or changes[:2] == [Change.BEGAN, Change.ENDED]
+    assert hear(listener, *[0.9] * (int(LONGEST_UTTERANCE / SECONDS) - 1)) == [Change.BEGAN]
+    assert hear(listener, 0.9) == [Change.ENDED]
+    assert len(listener.take()) == pytest.approx(LONGEST_UTTERANCE * BYTES_PER_SECOND, abs=len(WINDOW))
+    assert hear(listener, 0.9, 0.9) == [Change.BEGAN], "and what comes then is the next one"
 
 
 def test_taking_starts_afresh():
