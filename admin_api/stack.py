@@ -29,6 +29,7 @@ from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins import models
 from agentvoicebox.plugins.pool import Pool
 from agentvoicebox.tenancy import database as stores
+from agentvoicebox.tenancy import sessions
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.embedded import Postgres
 from agentvoicebox.tenancy.keys import Keyring
@@ -37,6 +38,9 @@ from agentvoicebox.tenancy.metering import Ledger
 log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
+
+AGAIN = 1.0
+"""Seconds before something that failed is tried again."""
 
 
 class Stack:
@@ -78,7 +82,7 @@ class Stack:
         await self._exit.aclose()
 
     async def finished(self) -> None:
-        """Wait until the server has ended, which it does only when it is told to or fails."""
+        """Wait until the server has ended, which it does only when it is told to or fails; raises why it failed."""
         assert self._serving is not None
         await asyncio.shield(self._serving)
 
@@ -108,24 +112,9 @@ class Stack:
         bus = Bus()
         self._exit.push_async_callback(bus.close)
         await bus.connect(cell.url)
-        keeper = asyncio.create_task(self._keep_cell(cell, bus))
+        keeper = asyncio.create_task(keep(cell, bus))
         self._exit.push_async_callback(_cancelled, keeper)
         return name, bus
-
-    async def _keep_cell(self, cell: Cell, bus: Bus) -> None:
-        connecting: set[asyncio.Task[None]] = set()
-
-        def lost(reason: str) -> None:
-            log.warning("%s is lost: %s; it is being replaced", cell.name, reason)
-            bus.lose("The assistant has stopped.")
-
-        def ready(url: str) -> None:
-            log.info("%s is back", cell.name)
-            task = asyncio.create_task(bus.connect(url))
-            connecting.add(task)
-            task.add_done_callback(connecting.discard)
-
-        await cells.keep(cell, bus.canary, lost=lost, ready=ready)
 
     async def _open_store(self) -> None:
         if self.settings.database is None:
@@ -142,6 +131,8 @@ class Stack:
         await stores.prepare(address)
         self.database = Database(address)
         self._exit.push_async_callback(self.database.close)
+        if self.postgres is not None:  # which nobody else serves
+            await sessions.close_stale(self.database, "node_restarted")
 
     async def _load_engines(self) -> None:
         settings = self.settings
@@ -166,21 +157,7 @@ class Stack:
         books = Books(self.database, ledger)
         self._exit.push_async_callback(books.close)
         self.gateway = Gateway(self.settings, self.database, keyring, buses, self.engines, books)
-        server = _Server(
-            uvicorn.Config(
-                Node(self.gateway, app.create(self.database, keyring)),
-                ws=BatchingProtocol,
-                ws_max_size=MAX_FRAME,
-                ws_per_message_deflate=False,  # 200 KB a connection, for audio that does not compress
-                lifespan="off",
-                log_config=None,
-                access_log=False,  # it would write query strings
-                server_header=False,
-                timeout_graceful_shutdown=5,
-                ssl_certfile=self.settings.tls_cert,
-                ssl_keyfile=self.settings.tls_key,
-            )
-        )
+        server = _Server(configured(self.settings, Node(self.gateway, app.create(self.database, keyring))))
         assert self._socket is not None
         self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         self._exit.push_async_callback(self._close_door, server)
@@ -195,6 +172,62 @@ class Stack:
         server.should_exit = True
         if self._serving is not None:
             await asyncio.gather(self._serving, return_exceptions=True)
+
+
+async def keep(cell: Cell, bus: Bus) -> None:
+    """Keep a started cell alive and `bus` connected to it, until cancelled."""
+    connecting: asyncio.Task[None] | None = None
+
+    def lost(reason: str) -> None:
+        log.warning("%s is lost: %s; it is being replaced", cell.name, reason)
+        if connecting is not None:
+            connecting.cancel()
+        bus.lose("The assistant has stopped.")
+
+    def ready(url: str) -> None:
+        nonlocal connecting
+        log.info("%s is back", cell.name)
+        connecting = asyncio.create_task(_connect(cell, bus, url))
+
+    try:
+        while True:
+            try:
+                await cells.keep(cell, bus.canary, lost=lost, ready=ready)
+            except Exception:
+                log.exception("keeping %s failed; it is tried again", cell.name)
+            await asyncio.sleep(AGAIN)
+    finally:
+        if connecting is not None:
+            connecting.cancel()
+
+
+async def _connect(cell: Cell, bus: Bus, url: str) -> None:
+    while True:
+        try:
+            return await bus.connect(url)
+        except Exception as error:
+            log.warning("%s cannot be reached: %s", cell.name, error)
+        await asyncio.sleep(AGAIN)
+
+
+def configured(settings: Settings, node: Node) -> uvicorn.Config:
+    """How `node` is served."""
+    return uvicorn.Config(
+        node,
+        ws=BatchingProtocol,
+        ws_max_size=MAX_FRAME,
+        ws_per_message_deflate=False,  # 200 KB a connection, for audio that does not compress
+        lifespan="off",
+        log_config=None,
+        access_log=False,  # it would write query strings
+        server_header=False,
+        # Left alone, it believes whoever is on this machine.
+        proxy_headers=settings.behind_proxy,
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_graceful_shutdown=5,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
 
 
 class _Server(uvicorn.Server):

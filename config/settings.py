@@ -33,6 +33,8 @@ class Settings:
     """Its private key, PEM."""
     behind_proxy: bool = False
     """A proxy that ends TLS stands in front: other hosts than loopback are allowed without a certificate."""
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1",)
+    """Addresses and networks of that proxy: what it says about clients in X-Forwarded-For and -Proto is believed."""
     allowed_origins: tuple[str, ...] = ()
     """Browser origins, beside our own, that may open a socket."""
     database: str | None = field(default=None, repr=False)
@@ -60,7 +62,7 @@ class Settings:
 
 
 _PATHS = ("data", "models", "tls_cert", "tls_key")
-_LISTS = ("languages", "allowed_origins")
+_LISTS = ("languages", "allowed_origins", "trusted_proxies")
 _RANGES = {"workers": (1, 64), "cells": (1, 256), "port": (0, 65535)}
 _CHOICES = {
     "engine": ("auto", "offline", "models"),
@@ -170,6 +172,8 @@ def _convert(name: str, value: Any) -> Any:
             parts = _list(value)
             if name == "languages" and not (parts and all(map(_LANGUAGE.fullmatch, parts))):
                 raise ValueError("must be language tags such as en-US, one or more")
+            if name == "trusted_proxies" and not all(map(_is_network, parts)):
+                raise ValueError("must be addresses or networks such as 10.0.0.0/8")
             return parts
         text = _text(value)
         if name in _CHOICES and text not in _CHOICES[name]:
@@ -208,6 +212,14 @@ def _list(value: Any) -> tuple[str, ...]:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         raise ValueError("must be a list, or text with commas")
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _boolean(value: Any) -> bool:

@@ -130,6 +130,21 @@ async def finish(
     )
 
 
+async def close_stale(database: Database, reason: str) -> int:
+    """End every session that is active as `terminated`; returns how many those were.
+
+    Only for a store that nobody else serves. When such a session really ended is unknown, and so is its duration.
+    """
+    async with database.system() as session:
+        changed = await session.execute(
+            update(Session)
+            .where(Session.status == SessionStatus.ACTIVE)
+            .values(status=SessionStatus.TERMINATED, ended_at=func.now(), termination_reason=reason[:50])
+            .returning(Session.id)
+        )
+        return len(changed.all())
+
+
 async def record(database: Database, tenant_id: uuid.UUID, session_id: uuid.UUID, events: Sequence[Event]) -> None:
     """Append to the session's history, all or none. Raises `NotFound`; `Conflict` for a sequence number used before."""
     if not events:

@@ -13,6 +13,7 @@ import uvloop
 from agentvoicebox.admin_api.cli import console
 from agentvoicebox.admin_api.stack import Stack
 from agentvoicebox.config import logs
+from agentvoicebox.config.errors import Unavailable
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import keys
 
@@ -57,6 +58,8 @@ async def _serve(settings: Settings) -> None:
         print(f"ready {stack.url}", flush=True)
         serving = asyncio.create_task(stack.finished())
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done() and not stop.done():
+            raise Unavailable("The server has ended by itself.", code="server_failed") from serving.exception()
     finally:
         await stack.stop()
 

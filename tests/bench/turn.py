@@ -19,7 +19,7 @@ import time
 import uuid
 import wave
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from agentvoicebox.bus_bridge import client
 
 TURNS = 300
 SPOKEN = 30
+BUSY = 8
 SESSIONS = 1000
 QUESTION = "what time is it"
 SENTENCES = ("what time is it", "what day is it", "who am i talking to", "what is your name", "hello world")
@@ -193,6 +194,27 @@ class Echo:
         self._process.communicate()
 
 
+async def busy_turns(node: Node, idle: float) -> float:
+    """Milliseconds of CPU of a turn while several sessions speak at once and the node is never cold."""
+    async with AsyncExitStack() as stack:
+        sessions = [
+            await stack.enter_async_context(client.session(node.url, node.key, {"modality": "text"}))
+            for _ in range(BUSY)
+        ]
+        for session in sessions:
+            for _ in range(2):
+                await session.socket.recv()
+        before, begin = node.cpu(), time.perf_counter()
+
+        async def speak(session: client.Client) -> None:
+            for _ in range(TURNS // BUSY):
+                await bridged_turn(session)
+
+        await asyncio.gather(*(speak(session) for session in sessions))
+        used = node.cpu() - before - idle * (time.perf_counter() - begin)
+    return used * 1000 / (TURNS // BUSY * BUSY)
+
+
 async def text_turns(node: Node) -> None:
     tell(f"{TURNS} text turns through the bridge, {TURNS} straight on the bus, {TURNS} bare echoes, in turn")
     echo = Echo()
@@ -227,6 +249,7 @@ async def text_turns(node: Node) -> None:
                 await asyncio.sleep(pause)
             echoes += echo.cpu() - before
     echo.stop()
+    busy = await busy_turns(node, idle)
     added = (statistics.median(bridged) - statistics.median(floor)) * 1000
     report(
         "bridge.added_latency_p50",
@@ -247,6 +270,8 @@ async def text_turns(node: Node) -> None:
         "a turn without a bridge; floor: the process is woken three times, as by three bare echoes at the same rhythm",
         bare_echo_ms=round(per_echo, 3),
         echoes_per_turn=round(per_turn / per_echo, 2),
+        busy_ms=round(busy, 3),
+        busy_sessions=BUSY,
         idle_cpu_percent=round(idle * 100, 2),
         turns=len(bridged),
     )

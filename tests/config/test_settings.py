@@ -66,10 +66,11 @@ def test_every_setting_can_come_from_the_environment_and_from_a_file(write: Writ
     pem.touch()
     texts = {
         "data": "/d", "models": "/m", "host": "0.0.0.0", "port": "1", "tls_cert": str(pem), "tls_key": str(pem),
-        "behind_proxy": "yes", "allowed_origins": "https://a.example, https://b.example", "database": "postgresql://x",
-        "workers": "2", "cells": "3", "languages": "en-US,de-DE", "engine": "models", "vad": "webrtc",
-        "vad_hangover": "0.4", "whisper": "tiny", "models_url": "https://m.example", "log_level": "DEBUG",
-        "log_format": "json",
+        "behind_proxy": "yes", "trusted_proxies": "10.0.0.0/8, ::1",
+        "allowed_origins": "https://a.example, https://b.example",
+        "database": "postgresql://x", "workers": "2", "cells": "3", "languages": "en-US,de-DE", "engine": "models",
+        "vad": "webrtc", "vad_hangover": "0.4", "whisper": "tiny", "models_url": "https://m.example",
+        "log_level": "DEBUG", "log_format": "json",
     }  # fmt: skip
     assert set(texts) == {each.name for each in fields(Settings)}
     by_environment = settings.load({}, {f"AVB_{name.upper()}": text for name, text in texts.items()})
@@ -129,6 +130,8 @@ def test_a_dsn_is_not_shown() -> None:
         ("languages", [False]),
         ("languages", "../../etc"),
         ("allowed_origins", 7),
+        ("trusted_proxies", "proxy.example"),
+        ("trusted_proxies", "10.0.0.1/8"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_what_could(name: str, value: object) -> None:

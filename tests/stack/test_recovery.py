@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from agentvoicebox.bus_bridge import client
+from agentvoicebox.config.errors import Unavailable
 from agentvoicebox.tenancy import metering
 from agentvoicebox.tenancy.models import Metric
 
@@ -84,7 +85,7 @@ async def test_a_store_that_crashes_comes_back(stack: Any, customer: Any):
         try:
             await metering.totals(stack.database, customer.id)
             break
-        except Exception:
+        except Unavailable:
             await asyncio.sleep(0.1)
     answer = await ready_again(stack, customer)
     assert answer.text

@@ -76,6 +76,26 @@ async def test_an_end_is_final(database: Database, tenant: Tenant, session: Sess
     assert (await sessions.get(database, tenant.id, session.id)).status == final
 
 
+async def test_what_a_node_left_active_is_closed_when_it_comes_back(
+    database: Database, tenant: Tenant, other: Tenant, session: Session
+) -> None:
+    theirs = await sessions.create(database, other.id)
+    new = await sessions.create(database, tenant.id)
+    done = await sessions.create(database, tenant.id)
+    for tenant_id, made in ((tenant.id, session), (other.id, theirs)):
+        await sessions.activate(database, tenant_id, made.id)
+    await sessions.finish(database, tenant.id, done.id, SessionStatus.COMPLETED)
+    assert await sessions.close_stale(database, "node_restarted") >= 2
+    for tenant_id, made in ((tenant.id, session), (other.id, theirs)):
+        found = await sessions.get(database, tenant_id, made.id)
+        assert (found.status, found.termination_reason) == ("terminated", "node_restarted")
+        assert found.ended_at is not None
+        assert found.duration_seconds is None, "nobody knows when it ended"
+    assert (await sessions.get(database, tenant.id, new.id)).status == "created"
+    assert (await sessions.get(database, tenant.id, done.id)).status == "completed"
+    assert await sessions.close_stale(database, "node_restarted") == 0
+
+
 async def test_a_session_does_not_end_as_active(database: Database, tenant: Tenant, session: Session) -> None:
     with pytest.raises(BadInput):
         await sessions.finish(database, tenant.id, session.id, SessionStatus.ACTIVE)
