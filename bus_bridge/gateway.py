@@ -35,6 +35,7 @@ from agentvoicebox.bus_bridge.outbox import Outbox, Send
 from agentvoicebox.bus_bridge.realtime.codec import RealtimeCodec
 from agentvoicebox.bus_bridge.session import Session
 from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
+from agentvoicebox.bus_bridge.wire import Clock
 from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Refused, Unavailable
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import sessions, voices
@@ -55,6 +56,8 @@ KEY_SUBPROTOCOL = "openai-insecure-api-key."
 
 LONGEST_SESSION = 24 * 3600
 """Seconds after which a session is ended."""
+
+CLOCK = Clock()
 
 PATIENCE = 10.0
 """Seconds that clients have to leave when the node stops."""
@@ -230,7 +233,7 @@ class Gateway:
         chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
         if chosen.get("language") not in self.settings.languages:
             chosen.pop("language", None)
-        codec = NativeCodec(str(row.id), row.created_at, lambda: datetime.now(UTC))
+        codec = NativeCodec(str(row.id), row.created_at, CLOCK)
         call = Call(scope, receive, send, secret, grant, row.id, identifiers(row.id), voice)
         await self._serve(call, dataclasses.replace(settings, **chosen), codec)
 

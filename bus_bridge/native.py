@@ -156,11 +156,11 @@ Input = ev.Event | ev.AudioAppended | Pinged | EndWanted
 
 
 class NativeCodec:
-    """One connection's codec. `clock` gives the wall-clock time for timestamps."""
+    """One connection's codec. `clock` gives the time for timestamps, as ISO 8601."""
 
     __slots__ = ("_clock", "_created", "_session_id")
 
-    def __init__(self, session_id: str, created: datetime, clock: Callable[[], datetime]) -> None:
+    def __init__(self, session_id: str, created: datetime, clock: Callable[[], str]) -> None:
         self._session_id = session_id
         self._created = created
         self._clock = clock
@@ -244,13 +244,10 @@ class NativeCodec:
     def problem(self, told: ev.Problem) -> str:
         """An error event."""
         error = {"code": told.code, "message": told.message, "param": told.param, "event_id": told.event_id}
-        return wire.encode({"type": "error", "error": error, "timestamp": self._now()})
+        return wire.encode({"type": "error", "error": error, "timestamp": self._clock()})
 
     def _frame(self, kind: str, data: dict[str, Any]) -> str:
-        return wire.encode({"type": kind, "data": data, "timestamp": self._now()})
-
-    def _now(self) -> str:
-        return self._clock().isoformat(timespec="milliseconds")
+        return wire.encode({"type": kind, "data": data, "timestamp": self._clock()})
 
 
 def _outcome(told: ev.ReplyEnded) -> dict[str, Any]:

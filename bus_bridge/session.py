@@ -29,7 +29,7 @@ SHORTEST_COMMIT = 0.1
 LONGEST_BUFFER = 300.0
 """Seconds of uncommitted audio a session holds when the client detects its turns itself."""
 
-READING = 0.05
+READING = 0.1
 """Seconds after which written text counts as played."""
 
 MOST_OPEN = 4
@@ -394,7 +394,7 @@ class Session:
             self._synthesize_next(turn, now)
         else:
             # Nothing is played. A handler that waits for the end of playback is told; one that has ended needs no word.
-            self._playing_until = now + READING
+            self._playing_until = now if turn.listens else now + READING
             self._playing_turn = turn.id
 
     def _synthesize_next(self, turn: Turn, now: float) -> None:

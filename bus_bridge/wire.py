@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -61,6 +64,23 @@ def check_pcm(pcm: bytes, limit: int, event_id: str | None, param: str = "audio"
 def encode(message: dict[str, Any]) -> str:
     """A frame for the client."""
     return msgspec.json.encode(message).decode()
+
+
+class Clock:
+    """The time of day as ISO 8601 in UTC with milliseconds; made anew once a second, since every frame carries it."""
+
+    def __init__(self, seconds: Callable[[], float] = time.time) -> None:
+        self._seconds = seconds
+        self._second = -1
+        self._prefix = ""
+
+    def __call__(self) -> str:
+        """Now, as in `2026-01-02T03:04:05.678+00:00`."""
+        second, thousandths = divmod(round(self._seconds() * 1000), 1000)
+        if second != self._second:
+            self._second = second
+            self._prefix = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._prefix}.{thousandths:03d}+00:00"
 
 
 def _explain(frame: str, reason: str) -> WireError:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
 from agentvoicebox.bus_bridge.native import MAX_AUDIO, EndWanted, NativeCodec, Pinged
-from agentvoicebox.bus_bridge.wire import WireError
+from agentvoicebox.bus_bridge.wire import Clock, WireError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 SETTINGS = SessionSettings()
@@ -22,7 +22,7 @@ SETTINGS = SessionSettings()
 
 @pytest.fixture
 def codec() -> NativeCodec:
-    return NativeCodec("5e551017", NOW, lambda: NOW)
+    return NativeCodec("5e551017", NOW, Clock(NOW.timestamp))
 
 
 def sent(**fields: Any) -> str:
@@ -119,7 +119,7 @@ def test_a_bad_frame_gets_one_clear_error(codec: NativeCodec, frame: str | bytes
     )
 )
 def test_no_frame_escapes(frame: str | bytes):
-    codec = NativeCodec("5e551017", NOW, lambda: NOW)
+    codec = NativeCodec("5e551017", NOW, Clock(NOW.timestamp))
     try:
         codec.decode(frame, SETTINGS)
     except WireError as error:
@@ -170,3 +170,9 @@ def test_all_news_has_the_envelope(codec: NativeCodec, told: ev.Told):
     (frame,) = codec.encode(told, SETTINGS)
     message = json.loads(frame)
     assert set(message) == {"type", "timestamp", "error" if isinstance(told, ev.Problem) else "data"}
+
+
+@given(st.floats(0, 4e9))
+def test_the_clock_agrees_with_the_standard_one(seconds: float):
+    shown = datetime.fromisoformat(Clock(lambda: seconds)())
+    assert abs(shown.timestamp() - seconds) < 0.0011

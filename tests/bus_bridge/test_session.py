@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
-from agentvoicebox.bus_bridge.session import CORE_SILENCE, ENGINE_SILENCE, LONGEST_BUFFER, MOST_OPEN, Session
+from agentvoicebox.bus_bridge.session import CORE_SILENCE, ENGINE_SILENCE, LONGEST_BUFFER, MOST_OPEN, READING, Session
 from agentvoicebox.bus_bridge.turns import LONGEST_PIECE, sentences
 
 WINDOW = b"\x01\x00" * 512
@@ -425,10 +425,10 @@ def test_a_handler_that_waits_for_playback_of_written_text_goes_on():
     told(ev.ResponseWanted())
     turn = told.last(ev.ReplyStarted).turn_id
     told(ev.Spoke(turn, "Hi."))
-    assert told(ev.TimePassed(), 0.05) == [ev.PlaybackEnded(turn)]
+    assert told(ev.TimePassed(), READING) == [ev.PlaybackEnded(turn)]
     told(ev.Spoke(turn, "Bye."))
     told(ev.Handled(turn))
-    assert told(ev.TimePassed(), 0.05) == [], "one that has ended needs no word"
+    assert told(ev.TimePassed(), READING) == [], "one that has ended needs no word"
 
 
 def test_the_end_of_a_session_ends_everything():
