@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.server
 import socket
@@ -248,3 +249,52 @@ def test_models_that_are_required_and_missing_name_the_remedy(tmp_path: Path):
     with pytest.raises(Unavailable, match="avb models pull faster-whisper-tiny kokoro") as caught:
         models.choose("models", tmp_path, "tiny")
     assert caught.value.code == "models_missing"
+
+
+async def test_the_first_start_fetches_what_is_missing_and_shows_how_far_it_is(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models, "defaults", lambda whisper: (NAME,))
+    told: list[str] = []
+    await models.fetch_defaults(tmp_path, "base", told.append)
+    assert models.installed(NAME, tmp_path)
+    assert whole(tmp_path)
+    assert told[-1].startswith(f"fetching {NAME}: 100 %")
+    asked = len(server.asked)
+    await models.fetch_defaults(tmp_path, "base", told.append)
+    assert len(server.asked) == asked, "the next start fetches nothing"
+
+
+@pytest.mark.parametrize("trouble", ["lie", "gone"])
+async def test_a_first_start_without_them_says_so_once_and_goes_on(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+):
+    monkeypatch.setattr(models, "defaults", lambda whisper: (NAME, NAME))
+    server.lie = trouble == "lie"
+    told: list[str] = []
+    nowhere = "http://127.0.0.1:9" if trouble == "gone" else None
+    await models.fetch_defaults(tmp_path, "base", told.append, url=nowhere)
+    said = [line for line in told if not line.startswith("fetching")]
+    assert len(said) == 1
+    assert not models.installed(NAME, tmp_path)
+
+
+async def test_a_first_start_that_is_stopped_stops_the_download(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models, "defaults", lambda whisper: (NAME,))
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def tell(step: str) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(10)
+
+    fetching = asyncio.create_task(models.fetch_defaults(tmp_path, "base", tell))
+    await asyncio.wait_for(begun.wait(), 10)
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    go_on.set()
+    with models._alone(tmp_path, NAME):  # the thread has let go of it
+        assert not models.installed(NAME, tmp_path)
