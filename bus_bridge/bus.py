@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,9 @@ MAX_TEXT = 16_000
 
 MOST_ABANDONED = 8
 """Cancelled turns of one tenant that core may still be working on: its threads are everybody's."""
+
+ABANDONED = 300.0
+"""Seconds for which a cancelled turn counts as one that core works on, unless core ends it before."""
 
 MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes of one bus message; there is no audio on this bus."""
@@ -86,28 +90,25 @@ class _Abandoned:
     """Turns that core has not ended although nobody waits for them any more, by tenant."""
 
     def __init__(self) -> None:
-        self._turns: dict[str, str] = {}
-        self._counts: dict[str, int] = {}
+        self._turns: dict[str, tuple[str, float]] = {}
 
     def __contains__(self, turn_id: str) -> bool:
         return turn_id in self._turns
 
     def count(self, tenant_id: str) -> int:
-        return self._counts.get(tenant_id, 0)
+        # Core does not end every turn by itself (the reply to a skill's question is not): none counts for ever.
+        now = time.monotonic()
+        self._turns = {turn_id: entry for turn_id, entry in self._turns.items() if entry[1] > now}
+        return sum(tenant == tenant_id for tenant, _ in self._turns.values())
 
     def add(self, turn_id: str, tenant_id: str) -> None:
-        self._turns[turn_id] = tenant_id
-        self._counts[tenant_id] = self.count(tenant_id) + 1
+        self._turns[turn_id] = (tenant_id, time.monotonic() + ABANDONED)
 
     def remove(self, turn_id: str) -> None:
-        if (tenant_id := self._turns.pop(turn_id, None)) is not None:
-            self._counts[tenant_id] -= 1
-            if not self._counts[tenant_id]:
-                del self._counts[tenant_id]
+        self._turns.pop(turn_id, None)
 
     def clear(self) -> None:
         self._turns.clear()
-        self._counts.clear()
 
 
 class _Connection(ClientConnection):
@@ -458,6 +459,7 @@ class Bus:
             self._turnstile.leave(turn_id)
             if turn_id == line.asker:
                 line.asker = ""
+                self._turns.pop(line.turn_id, None)  # the reply to the question, which core ends with this
             line.tell(ev.Handled(turn_id))
         elif turn_id in self._turns:
             line.tell(ev.Progressed(turn_id))

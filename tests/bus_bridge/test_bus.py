@@ -150,6 +150,28 @@ async def test_a_tenant_that_cancels_what_core_cannot_stop_waits(bus: Bus, core:
     assert (await core.next("recognizer_loop:utterance"))["context"]["avb_turn"] == "resp_z"
 
 
+async def test_dialogues_and_turns_that_core_never_ends_do_not_shut_a_tenant_out(
+    bus: Bus, core: Core, monkeypatch: pytest.MonkeyPatch
+):
+    for number in range(MOST_ABANDONED + 1):
+        caller = Caller(bus, f"dialogue-{number}")
+        bus.ask(caller.line, f"ask_{number}", "set a reminder", "en-US")
+        asked = await core.next("recognizer_loop:utterance")
+        await core.say(reply(asked, "speak", {"utterance": "when?", "expect_response": True}))
+        assert isinstance(await caller.next(), ev.Spoke)
+        bus.ask(caller.line, f"reply_{number}", "tomorrow", "en-US")
+        await core.next("recognizer_loop:utterance")
+        await core.say(reply(asked, "ovos.utterance.handled"))  # the one end that core gives both turns
+        assert await caller.next() == ev.Handled(f"ask_{number}")
+        bus.hang_up(caller.line)
+    monkeypatch.setattr(buses, "ABANDONED", -1.0)
+    for number in range(MOST_ABANDONED + 1):
+        caller = Caller(bus, f"lost-{number}")
+        bus.ask(caller.line, f"lost_{number}", "hello", "en-US")
+        assert (await core.next("recognizer_loop:utterance"))["context"]["avb_turn"] == f"lost_{number}"
+        bus.drop(f"lost_{number}")
+
+
 async def test_too_long_a_text_is_refused_here(bus: Bus, core: Core):
     caller = Caller(bus)
     bus.ask(caller.line, "resp_1", "x" * (MAX_TEXT + 1), "en-US")
