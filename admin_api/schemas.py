@@ -8,19 +8,12 @@ from typing import Any, TypeVar
 import msgspec
 from fastapi import Request
 
-from agentvoicebox.config.errors import AvbError, BadInput
+from agentvoicebox.config.errors import BadInput, TooLarge
 
 T = TypeVar("T")
 
 MAX_BODY = 64 * 1024
 """Bytes of a JSON body."""
-
-
-class TooLarge(AvbError):
-    """The body exceeds what the route takes."""
-
-    status = 413
-    default_code = "payload_too_large"
 
 
 async def read(request: Request, kind: type[T]) -> T:

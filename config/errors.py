@@ -6,6 +6,8 @@ AvbError
 ├── Forbidden       403  a credential without the right
 ├── NotFound        404  no such thing, or not yours
 ├── Conflict        409  it exists already, or is in another state
+├── TooLarge        413  more bytes than are taken
+├── RateLimited     429  too much in too short a time
 └── Unavailable     503  something we depend on does not answer
 """
 
@@ -63,6 +65,24 @@ class Conflict(AvbError):
 
     status = 409
     default_code = "conflict"
+
+
+class TooLarge(AvbError):
+    """The caller sent more than we take; nothing was changed."""
+
+    status = 413
+    default_code = "payload_too_large"
+
+
+class RateLimited(AvbError):
+    """The caller asks too often; `retry_after` is the number of seconds after which it may again."""
+
+    status = 429
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message, code=code, param=param)
+        self.retry_after = retry_after
 
 
 class Unavailable(AvbError):

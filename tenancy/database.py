@@ -15,9 +15,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction, with_loader_criteria
 
-from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, Unavailable
 from agentvoicebox.tenancy import migrations, roles
-from agentvoicebox.tenancy.models import TenantOwned
+from agentvoicebox.tenancy.models import PLATFORM, TenantOwned
 
 Address = Callable[[str], str]
 """From one of the names in `roles` to the libpq address that connects as it; `Postgres.url` and `external` are such."""
@@ -26,7 +26,9 @@ _MIGRATING = 0x41564202
 """Our advisory lock: one migration at a time."""
 
 _NO_TENANT = "AV001"
-"""What the function app_tenant() of the database raises."""
+_OVER_LIMIT = "AV003"
+_APPEND_ONLY = "AV004"
+"""What functions of the database raise: app_tenant(), the quota triggers, and the audit log's."""
 
 
 class NoTenant(BadInput):
@@ -99,7 +101,7 @@ class Database:
 
         Raises `Unavailable` when the store does not answer, `BadInput` for a value it cannot hold.
         """
-        if not isinstance(tenant_id, uuid.UUID):
+        if not isinstance(tenant_id, uuid.UUID) or tenant_id == PLATFORM:
             raise NoTenant("No tenant is bound: name the tenant whose rows these are.")
         info = {"tenant": tenant_id}
         with translated():
@@ -186,6 +188,15 @@ def _meaning(error: Exception) -> AvbError | None:
     cause = error.orig if isinstance(error, DBAPIError) else error
     if state == _NO_TENANT:
         return NoTenant("No tenant is bound: name the tenant whose rows these are.")
+    if state == _OVER_LIMIT:
+        kind, most = _over_limit(cause)
+        return Forbidden(
+            f"The limit of {most} {kind} is reached; a larger plan allows more.",
+            code="tenant_limit_exceeded",
+            param=kind,
+        )
+    if state == _APPEND_ONLY:
+        return Forbidden("The audit log is only ever appended to.", code="append_only")
     if state == "53100":
         return Unavailable(
             "The disk of the store is full: free some space. Nothing was written.", code="store_unavailable"
@@ -205,6 +216,12 @@ def _meaning(error: Exception) -> AvbError | None:
             code="store_unavailable",
         )
     return None
+
+
+def _over_limit(cause: BaseException | None) -> tuple[str, str]:
+    diagnostic = cause.diag if isinstance(cause, psycopg.Error) else None
+    kind = (diagnostic and diagnostic.message_primary) or "things"
+    return kind.replace("_", " "), (diagnostic and diagnostic.message_detail) or "?"
 
 
 def _unstorable() -> BadInput:

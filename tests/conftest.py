@@ -63,7 +63,7 @@ def new_customer(stack: Stack) -> NewCustomer:
 
     async def make(*, scopes: tuple[str, ...] = ("realtime",), expires_at: object = None, **voice: object) -> Customer:
         slug = f"t-{uuid.uuid4().hex[:12]}"
-        tenant = await tenants.create(stack.database, slug, f"Tenant {slug}", voice=VoiceConfig(**voice))
+        tenant = await tenants.create(stack.database, slug, f"Tenant {slug}", "enterprise", voice=VoiceConfig(**voice))
         issued = await keys.issue(stack.database, tenant.id, "test", scopes, expires_at)
         return Customer(tenant.id, slug, tenant.name, issued.key, issued.id)
 

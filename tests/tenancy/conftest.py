@@ -70,7 +70,7 @@ async def database(address: Address) -> AsyncIterator[Database]:
 @pytest.fixture
 def new_tenant(database: Database) -> Callable[[], Awaitable[Tenant]]:
     async def make() -> Tenant:
-        return await tenants.create(database, f"t-{uuid.uuid4().hex[:12]}", "A tenant")
+        return await tenants.create(database, f"t-{uuid.uuid4().hex[:12]}", "A tenant", "enterprise")
 
     return make
 

@@ -205,7 +205,7 @@ async def test_what_each_role_may_not_do(database: Database, tenant: Tenant) -> 
     forbidden = {
         roles.APP: [
             "UPDATE tenants SET tier = 'enterprise'",
-            "INSERT INTO usage_events VALUES (app_tenant(), 'forged', 'turns', 1, now())",
+            "INSERT INTO usage_events VALUES (app_tenant(), 'forged', 'api_calls', 1, now())",
             "UPDATE usage_minutes SET quantity = 0",
             "DELETE FROM api_keys",
             "DELETE FROM session_events",
@@ -272,7 +272,7 @@ async def test_a_value_that_cannot_be_stored_is_the_callers_fault(database: Data
 async def test_errors_do_not_repeat_what_was_written(database: Database, tenant: Tenant) -> None:
     with pytest.raises(DBAPIError) as caught:
         async with database.tenant(tenant.id) as session:
-            session.add(UsageEvent(event_id="a secret", metric="turns"))
+            session.add(UsageEvent(event_id="a secret", metric="api_calls"))
     assert "a secret" not in str(caught.value.args)
     assert "parameters hidden" in str(caught.value)
 

@@ -31,7 +31,7 @@ async def ledger(database: Database) -> AsyncIterator[Ledger]:
 
 
 def turn(tenant: Tenant, event_id: str, quantity: float = 1, at: datetime = NOON) -> Usage:
-    return Usage(event_id, tenant.id, Metric.TURNS, quantity, at)
+    return Usage(event_id, tenant.id, Metric.API_CALLS, quantity, at)
 
 
 async def count(admin: psycopg.AsyncConnection, tenant: Tenant) -> int:
@@ -47,8 +47,8 @@ async def test_what_is_recorded_adds_up(database: Database, ledger: Ledger, tena
         [
             Usage("t1.stt", tenant.id, Metric.STT_AUDIO_SECONDS, 1.1, NOON, session, PROJECT),
             Usage("t1.tts", tenant.id, Metric.TTS_AUDIO_SECONDS, 2.25, NOON, session, PROJECT),
-            Usage("t1.turn", tenant.id, Metric.TURNS, 1, NOON, session, PROJECT),
-            Usage("t1.turn", other.id, Metric.TURNS, 1, NOON),
+            Usage("t1.turn", tenant.id, Metric.API_CALLS, 1, NOON, session, PROJECT),
+            Usage("t1.turn", other.id, Metric.API_CALLS, 1, NOON),
         ]
     )
     await ledger.record([Usage("t2.stt", tenant.id, Metric.STT_AUDIO_SECONDS, 2.2, NOON, session, PROJECT)])
@@ -56,9 +56,9 @@ async def test_what_is_recorded_adds_up(database: Database, ledger: Ledger, tena
     assert await metering.totals(database, tenant.id) == {
         Metric.STT_AUDIO_SECONDS: 3.3,
         Metric.TTS_AUDIO_SECONDS: 2.25,
-        Metric.TURNS: 1.0,
+        Metric.API_CALLS: 1.0,
     }
-    assert await metering.totals(database, other.id) == {Metric.TURNS: 1.0}
+    assert await metering.totals(database, other.id) == {Metric.API_CALLS: 1.0}
     assert await metering.totals(database, uuid.uuid4()) == {}
 
 
@@ -70,7 +70,7 @@ async def test_minutes_hold_what_their_events_add_up_to(
     await ledger.record(
         [turn(tenant, "a"), turn(tenant, "b", at=east), turn(tenant, "c", at=NOON + timedelta(minutes=1))]
     )
-    await ledger.record([Usage("d", tenant.id, Metric.TURNS, 1, NOON, project_id=PROJECT)])
+    await ledger.record([Usage("d", tenant.id, Metric.API_CALLS, 1, NOON, project_id=PROJECT)])
     cursor = await admin.execute(
         "SELECT minute, project_id, quantity, events FROM usage_minutes WHERE tenant_id = %s ORDER BY 1, 2",
         (tenant.id,),
@@ -92,7 +92,7 @@ async def test_the_same_id_counts_once(
     second = Ledger(database)
     await second.record([turn(tenant, "same", 99)])
     await second.close()
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 22.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 22.0}
     assert await count(admin, tenant) == 21
 
 
@@ -128,7 +128,7 @@ async def test_who_stops_waiting_stops_nobody_else(database: Database, ledger: L
     impatient.cancel()
     await patient
     assert impatient.cancelled() or impatient.done()
-    assert (await metering.totals(database, tenant.id))[Metric.TURNS] == 2.0
+    assert (await metering.totals(database, tenant.id))[Metric.API_CALLS] == 2.0
 
 
 async def test_two_ledgers_write_the_same_minutes(
@@ -144,7 +144,7 @@ async def test_two_ledgers_write_the_same_minutes(
         )
     )
     for owner in owners:
-        assert await metering.totals(database, owner.id) == {Metric.TURNS: 60.0}
+        assert await metering.totals(database, owner.id) == {Metric.API_CALLS: 60.0}
     for ledger in ledgers:
         await ledger.close()
 
@@ -156,7 +156,7 @@ async def test_a_lost_connection_is_made_again(
     for i in range(3):
         await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'avb_ledger'")
         await ledger.record([turn(tenant, f"after {i}")])
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 4.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 4.0}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ async def test_a_lost_connection_is_made_again(
     ],
 )
 def test_usage_that_makes_no_sense(field: str, value: Any) -> None:
-    fine = {"event_id": "e", "tenant_id": uuid.uuid4(), "metric": Metric.TURNS, "quantity": 1, "at": NOON}
+    fine = {"event_id": "e", "tenant_id": uuid.uuid4(), "metric": Metric.API_CALLS, "quantity": 1, "at": NOON}
     with pytest.raises(BadInput) as caught:
         Usage(**{**fine, field: value})
     assert caught.value.param == field
@@ -226,7 +226,9 @@ async def test_kill_9_of_the_writer_loses_and_doubles_nothing(
         cursor = await admin.execute("SELECT event_id FROM usage_events WHERE tenant_id = %s", (tenant.id,))
         written = {event_id for (event_id,) in await cursor.fetchall()}
         assert {f"{number}.{kind}" for number in acknowledged for kind in Metric} <= written
-        assert {number.split(".")[0] for number in written} == {n.split(".")[0] for n in written if n.endswith("turns")}
+        assert {number.split(".")[0] for number in written} == {
+            n.split(".")[0] for n in written if n.endswith("api_calls")
+        }
     assert left == set()
     truth = 0.25 * sum(range(1500))
     assert await metering.totals(database, tenant.id) == dict.fromkeys(Metric, truth)

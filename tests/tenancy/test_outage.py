@@ -45,7 +45,7 @@ async def database(own: Postgres) -> AsyncIterator[Database]:
 
 
 def turn(tenant_id: uuid.UUID, event_id: str) -> Usage:
-    return Usage(event_id, tenant_id, Metric.TURNS, 1, NOW)
+    return Usage(event_id, tenant_id, Metric.API_CALLS, 1, NOW)
 
 
 async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres, database: Database) -> None:
@@ -76,7 +76,7 @@ async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres
     assert (await ring.verify(issued.key)).tenant_id == tenant.id
     assert (await tenants.get(database, tenant.id)).slug == "acme"
     await ledger.record([turn(tenant.id, "during"), turn(tenant.id, "after")])
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 3.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 3.0}
     assert await sessions.history(database, tenant.id, session.id) == []
     seen = asyncio.Event()
     ring.on_revoked(lambda _: seen.set())
@@ -97,7 +97,7 @@ async def test_a_short_outage_is_only_a_pause(own: Postgres, database: Database)
     own.start()
     await asyncio.gather(*waiting)
     await asyncio.gather(*(tenants.get(database, tenant.id) for _ in range(5)))
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 11.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 11.0}
     await ledger.close()
 
 
@@ -126,7 +126,7 @@ async def test_kill_9_of_the_server_under_load_counts_what_was_acknowledged(own:
     await work
     keeper.cancel()
     assert len(acknowledged) == 400
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 400.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 400.0}
     await ledger.close()
 
 
@@ -148,7 +148,7 @@ async def test_a_store_that_hangs_is_unavailable(
             os.kill(pid, signal.SIGCONT)
     monkeypatch.undo()
     await ledger.record([turn(tenant.id, "during")])
-    assert await metering.totals(database, tenant.id) == {Metric.TURNS: 2.0}
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 2.0}
     await ledger.close()
 
 

@@ -242,9 +242,9 @@ def upgrade() -> None:
         op.execute(script)
     op.execute("GRANT USAGE ON SCHEMA public TO avb_app, avb_system, avb_ledger")
 
-    protect("tenants", column="id")
+    protect("tenants", column="id", roles="avb_app, avb_owner")
     for table in OWNED:
-        protect(table)
+        protect(table, roles="avb_app, avb_owner")
     op.execute(LEDGER)
 
     grant("tenants", avb_app="SELECT", avb_system="SELECT, INSERT, UPDATE")

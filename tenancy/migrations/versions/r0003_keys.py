@@ -1,0 +1,59 @@
+"""Rotation, and a log that tells nodes of every change to a key, not only of its end."""
+
+from __future__ import annotations
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+TABLES = """
+ALTER TABLE api_keys ADD COLUMN rotated_from uuid;
+ALTER TABLE key_revocations
+    ADD COLUMN kind varchar(20) NOT NULL DEFAULT 'revoked',
+    ALTER COLUMN key_id DROP NOT NULL,
+    ADD CONSTRAINT key_revocations_kind_check CHECK (kind IN ('revoked', 'changed', 'tenant', 'relations'));
+"""
+
+TRIGGERS = """
+CREATE FUNCTION note_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO key_revocations (tenant_id, key_id, kind) VALUES (NEW.tenant_id, NEW.id, 'changed');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER changed AFTER UPDATE OF expires_at, scopes, rate_limit_tier, project_id ON api_keys FOR EACH ROW
+    WHEN (NEW.revoked_at IS NULL AND
+          (OLD.expires_at, OLD.scopes, OLD.rate_limit_tier, OLD.project_id) IS DISTINCT FROM
+          (NEW.expires_at, NEW.scopes, NEW.rate_limit_tier, NEW.project_id))
+    EXECUTE FUNCTION note_change();
+
+-- What keys carry of their tenant.
+CREATE FUNCTION note_tenant() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO key_revocations (tenant_id, kind)
+        VALUES ((to_jsonb(NEW) ->> CASE TG_TABLE_NAME WHEN 'tenants' THEN 'id' ELSE 'tenant_id' END)::uuid, 'tenant');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER changed AFTER UPDATE OF name, tier ON tenants FOR EACH ROW
+    WHEN ((OLD.name, OLD.tier) IS DISTINCT FROM (NEW.name, NEW.tier)) EXECUTE FUNCTION note_tenant();
+CREATE TRIGGER changed AFTER INSERT OR UPDATE ON tenant_settings FOR EACH ROW EXECUTE FUNCTION note_tenant();
+"""
+
+
+def upgrade() -> None:
+    op.execute(TABLES)
+    op.execute(TRIGGERS)
+    op.execute("GRANT DELETE ON key_revocations TO avb_system")
+
+
+def downgrade() -> None:
+    op.execute("DROP TRIGGER changed ON api_keys")
+    op.execute("DROP TRIGGER changed ON tenants")
+    op.execute("DROP TRIGGER changed ON tenant_settings")
+    op.execute("DROP FUNCTION note_change(), note_tenant()")
+    op.execute("REVOKE DELETE ON key_revocations FROM avb_system")
+    op.execute("SET LOCAL ROLE avb_system")
+    op.execute("DELETE FROM key_revocations WHERE kind <> 'revoked'")
+    op.execute("SET LOCAL ROLE avb_owner")
+    op.execute("ALTER TABLE key_revocations DROP COLUMN kind, ALTER COLUMN key_id SET NOT NULL")
+    op.execute("ALTER TABLE api_keys DROP COLUMN rotated_from")

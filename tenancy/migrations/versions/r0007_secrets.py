@@ -1,0 +1,49 @@
+"""Envelopes for what tenants entrust to us."""
+
+from __future__ import annotations
+
+from alembic import op
+
+from agentvoicebox.tenancy.migrations.protection import grant, protect
+
+revision = "0007"
+down_revision = "0006"
+
+TABLES = """
+CREATE TABLE data_keys (
+    tenant_id uuid NOT NULL REFERENCES tenants,
+    version integer NOT NULL,
+    master_id varchar(64) NOT NULL,
+    nonce bytea NOT NULL,
+    wrapped bytea NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (tenant_id, version)
+);
+CREATE TABLE secrets (
+    tenant_id uuid NOT NULL REFERENCES tenants,
+    kind varchar(50) NOT NULL,
+    name varchar(100) NOT NULL,
+    version integer NOT NULL,
+    data_key integer NOT NULL,
+    nonce bytea NOT NULL,
+    sealed bytea NOT NULL,
+    last4 varchar(4) NOT NULL DEFAULT '',
+    set_by uuid,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    updated_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (tenant_id, kind, name, version),
+    FOREIGN KEY (tenant_id, data_key) REFERENCES data_keys
+);
+"""
+
+
+def upgrade() -> None:
+    op.execute(TABLES)
+    for table in ("data_keys", "secrets"):
+        protect(table)
+    grant("data_keys", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT, UPDATE", avb_keeper="SELECT, DELETE")
+    grant("secrets", avb_app="SELECT, INSERT, UPDATE, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
+
+
+def downgrade() -> None:
+    op.execute("DROP TABLE secrets, data_keys")

@@ -1,0 +1,65 @@
+"""The parts of `./run bench tenancy`, one module each, and what they share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from agentvoicebox.tenancy.database import Address, Database, prepare
+from agentvoicebox.tenancy.embedded import serving
+
+
+def report(name: str, value: float, unit: str, bar: float, against: str, better: str = "lower", **detail: Any) -> None:
+    """Print one measurement as one JSON object."""
+    line = {
+        "name": f"tenancy.{name}",
+        "value": round(value, 3),
+        "unit": unit,
+        "bar": bar,
+        "better": better,
+        "pass": value <= bar if better == "lower" else value >= bar,
+        "against": against,
+        "detail": detail,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def tell(text: str) -> None:
+    """Say on stderr what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def percentile(values: list[float], part: float) -> float:
+    """The value that `part` (0 to 1) of `values` do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+def cpu_per_call(work: Callable[[int], object], calls: int, rounds: int = 7) -> float:
+    """CPU of one of `calls` done by `work(calls)`, in microseconds; the median of some rounds."""
+    found = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        work(calls)
+        found.append((time.process_time() - begin) / calls * 1e6)
+    return statistics.median(found)
+
+
+@asynccontextmanager
+async def store() -> AsyncIterator[tuple[Address, Database]]:
+    """A PostgreSQL of the measurement's own, with our tables in it."""
+    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name, serving(Path(name)) as postgres:
+        await prepare(postgres.url)
+        database = Database(postgres.url)
+        try:
+            yield postgres.url, database
+        finally:
+            await database.close()
+            await asyncio.sleep(0)
