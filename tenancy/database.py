@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
-from psycopg import conninfo
-from sqlalchemy import Connection, event
+from psycopg import conninfo, sql
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, UOWTransaction, with_loader_criteria
 
 from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, Unavailable
@@ -24,11 +26,29 @@ Address = Callable[[str], str]
 
 _MIGRATING = 0x41564202
 """Our advisory lock: one migration at a time."""
+LOCK_TIMEOUT = 2.0
+"""Seconds for which a migration waits for a table. Whoever wants the table after it waits behind it."""
+LOCK_TRIES = 10
+LOCK_PAUSE = 1.0
+_AUDIT_MONTHS = 12
+"""How many months ahead there are partitions of the audit log, so that a node need not start more often."""
+
+STATEMENT_TIMEOUT = 30
+"""Seconds after which the server gives up on a statement of a request or a job."""
+_CONNECT_TIMEOUT = 10
+_RECYCLE = 300
+"""Seconds after which a pooled connection is replaced: they collect memory, and addresses of servers change."""
 
 _NO_TENANT = "AV001"
 _OVER_LIMIT = "AV003"
 _APPEND_ONLY = "AV004"
 """What functions of the database raise: app_tenant(), the quota triggers, and the audit log's."""
+_LOCK_NOT_AVAILABLE = "55P03"
+_DEADLOCK = "40P01"
+_SERIALIZATION = "40001"
+_CANCELED = "57014"
+
+_log = logging.getLogger(__name__)
 
 
 class NoTenant(BadInput):
@@ -40,12 +60,15 @@ class NoTenant(BadInput):
 def external(dsn: str) -> Address:
     """Addresses on a PostgreSQL (15 or newer) of the operator's, whose login takes on our roles one by one.
 
-    The login owns the database and is a member of the four roles of `roles`. `prepare` makes roles and memberships
-    itself when the login is a superuser, or has CREATEROLE and BYPASSRLS on PostgreSQL 16 or newer; else a superuser
-    runs `roles.CREATE` once and grants the four to the login. Raises `BadInput` when `dsn` cannot be read.
+    The login owns the database and is a member of the roles of `roles`. `prepare` makes roles and memberships itself
+    when the login is a superuser, or has CREATEROLE and BYPASSRLS on PostgreSQL 16 or newer; else a superuser runs
+    `roles.CREATE` once and grants them to the login. Whoever has taken on a role by way of such a login can put it off
+    again: a `{role}` in `dsn`, as in `postgresql://{role}@host/name`, stands for logins of the roles' own, whose
+    passwords libpq finds in its password file. Raises `BadInput` when `dsn` cannot be read.
     """
+    own = "{role}" in dsn
     try:
-        given = conninfo.conninfo_to_dict(dsn)
+        given = conninfo.conninfo_to_dict(dsn.replace("{role}", roles.APP))
     except psycopg.ProgrammingError as error:
         raise BadInput(
             "The database address cannot be read; give postgresql://user@host/name or `host=… dbname=…`.",
@@ -53,6 +76,8 @@ def external(dsn: str) -> Address:
         ) from error
 
     def address(role: str) -> str:
+        if own:
+            return dsn.replace("{role}", role)
         if role == roles.ADMIN:
             return dsn
         options = f"{given.get('options') or ''} -c role={role}".strip()
@@ -67,8 +92,10 @@ class _TenantSession(Session):
 
 @event.listens_for(_TenantSession, "after_begin")
 def _pin(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    tenant = str(session.info["tenant"])
-    connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (tenant,))
+    tenant = session.info["tenant"]
+    if session.info.setdefault("pinned", tenant) != tenant:
+        raise NoTenant("This session is bound to another tenant, whose rows it may still hold: use a new one.")
+    connection.exec_driver_sql("SELECT set_config('app.tenant_id', %s, true)", (str(tenant),))
 
 
 @event.listens_for(_TenantSession, "do_orm_execute")
@@ -92,8 +119,8 @@ class Database:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._app = _engine(address, roles.APP, keep=2, most=10)
-        self._system = _engine(address, roles.SYSTEM, keep=1, most=5, ping=True)
+        self._app = _engine(_bounded(address), roles.APP, keep=5, most=15)
+        self._system = _engine(_bounded(address), roles.SYSTEM, keep=1, most=5, ping=True)
 
     @asynccontextmanager
     async def tenant(self, tenant_id: uuid.UUID) -> AsyncIterator[AsyncSession]:
@@ -139,21 +166,34 @@ class Database:
 async def prepare(address: Address) -> None:
     """Make the roles and bring the tables up to date: wholly or not at all, by one process at a time.
 
-    Raises `Unavailable` when the server does not let us, naming why and the remedy.
+    Nodes may be at work on the tables meanwhile. A table that a long transaction holds is waited for in short spells,
+    between which everybody else has their turn. Raises `Unavailable` when the server does not let us, or that
+    transaction does not end, naming why and the remedy.
     """
     engine = _engine(address, roles.ADMIN, keep=1, most=1)
     try:
-        async with engine.connect() as connection, connection.begin():
-            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATING})")
-            await connection.exec_driver_sql(roles.CREATE, execution_options={"no_parameters": True})
-            await connection.exec_driver_sql(f"SET LOCAL ROLE {roles.OWNER}")
-            await connection.run_sync(migrations.upgrade)
+        for left in reversed(range(LOCK_TRIES)):
+            try:
+                async with engine.connect() as connection, connection.begin():
+                    await _bring_up_to_date(connection)
+                break
+            except DBAPIError as error:
+                if left == 0 or sqlstate(error) not in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+                    raise
+                _log.warning("A long transaction holds a table that has to change; trying again, %d times more.", left)
+                await asyncio.sleep(LOCK_PAUSE)
     except DBAPIError as error:
         if _lacks_rights(error):
             raise Unavailable(
                 "The login of --database may not make our roles or tables. As a superuser of that server, run the "
-                "SQL of agentvoicebox.tenancy.roles.CREATE, then GRANT avb_owner, avb_app, avb_system, avb_ledger "
-                "to the login.",
+                f"SQL of agentvoicebox.tenancy.roles.CREATE, then GRANT {', '.join(roles.ALL)} to the login, which "
+                "must own the database.",
+                code="store_unavailable",
+            ) from error
+        if sqlstate(error) in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+            raise Unavailable(
+                "The tables cannot be brought up to date while a long transaction holds one of them: end it (see "
+                "pg_stat_activity), then start again. Nothing was changed.",
                 code="store_unavailable",
             ) from error
         if (known := _meaning(error)) is None:
@@ -162,6 +202,48 @@ async def prepare(address: Address) -> None:
         raise Unavailable(f"{known.message} ({reason})", code=known.code) from error
     finally:
         await engine.dispose()
+    with translated():
+        await _index(address)
+
+
+async def _bring_up_to_date(connection: AsyncConnection) -> None:
+    await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATING})
+    # Only now: another process that migrates is waited for as long as it takes.
+    await connection.execute(
+        text("SELECT set_config('lock_timeout', :most, true)"), {"most": f"{round(LOCK_TIMEOUT * 1000)}ms"}
+    )
+    await connection.exec_driver_sql(roles.CREATE, execution_options={"no_parameters": True})
+    await connection.execute(text("SELECT set_config('role', :owner, true)"), {"owner": roles.OWNER})
+    await connection.run_sync(migrations.upgrade)
+    await connection.execute(text("SELECT audit_months(:ahead)"), {"ahead": _AUDIT_MONTHS})
+
+
+async def _index(address: Address) -> None:
+    """Make the indexes that are missing while others write; without one some queries are slow, and no more."""
+    connection = await _connect(address(roles.ADMIN), autocommit=True)
+    try:
+        found = await connection.execute(
+            "SELECT array(SELECT indexrelid::regclass::text FROM pg_index WHERE indisvalid), pg_try_advisory_lock(%s)",
+            (_MIGRATING + 1,),
+        )
+        made, alone = await found.fetchone() or ([], False)
+        if not alone:
+            return  # another process is at it
+        await connection.execute("SELECT set_config('role', %s, false)", (roles.OWNER,))
+        await connection.execute("SELECT set_config('lock_timeout', %s, false)", (f"{round(LOCK_TIMEOUT * 1000)}ms",))
+        for name, statement in migrations.INDEXES.items():
+            if name in made:
+                continue
+            try:
+                # What an attempt that was cut short has left; nobody uses it, and everybody pays for it.
+                await connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(name)))
+                await connection.execute(statement)
+            except psycopg.OperationalError as error:
+                if sqlstate(error) not in (_LOCK_NOT_AVAILABLE, _DEADLOCK):
+                    raise
+                _log.warning("A long transaction keeps the index %s from being made; the next start tries again.", name)
+    finally:
+        await connection.close()
 
 
 @contextmanager
@@ -203,6 +285,13 @@ def _meaning(error: Exception) -> AvbError | None:
         )
     if isinstance(cause, psycopg.DataError):
         return _unstorable()
+    if state == _CANCELED:
+        return Unavailable(
+            f"The store was not done within {STATEMENT_TIMEOUT} s: ask for less at once, or try again later.",
+            code="store_unavailable",
+        )
+    if state in (_LOCK_NOT_AVAILABLE, _DEADLOCK, _SERIALIZATION):
+        return Unavailable("Somebody else is changing the same. Try again.", code="store_unavailable")
     # 25006: a standby that was our server a moment ago. 58 and XX: the server itself fails, as on a disk quota.
     if (
         isinstance(error, PoolTimeout)
@@ -232,6 +321,16 @@ def _lacks_rights(error: DBAPIError) -> bool:
     return sqlstate(error) == "42501"
 
 
+def _bounded(address: Address) -> Address:
+    """The same addresses, on which no statement takes longer than `STATEMENT_TIMEOUT`, or what the operator's say."""
+
+    def bounded(role: str) -> str:
+        own = conninfo.conninfo_to_dict(address(role)).get("options") or ""
+        return conninfo.make_conninfo(address(role), options=f"-c statement_timeout={STATEMENT_TIMEOUT}s {own}".strip())
+
+    return bounded
+
+
 def _engine(address: Address, role: str, *, keep: int, most: int, ping: bool = False) -> AsyncEngine:
     """An engine with at most `keep` idle connections: each idle one costs the server some 2 MB.
 
@@ -248,6 +347,7 @@ def _engine(address: Address, role: str, *, keep: int, most: int, ping: bool = F
         max_overflow=most - keep,
         pool_pre_ping=ping,
         pool_timeout=5,
+        pool_recycle=_RECYCLE,
         pool_use_lifo=True,
         use_native_hstore=False,
         hide_parameters=True,  # they hold transcripts, and exceptions end up in logs
@@ -255,4 +355,4 @@ def _engine(address: Address, role: str, *, keep: int, most: int, ping: bool = F
 
 
 async def _connect(address: str, *, autocommit: bool = False) -> psycopg.AsyncConnection[Any]:
-    return await psycopg.AsyncConnection.connect(address, autocommit=autocommit, connect_timeout=5)
+    return await psycopg.AsyncConnection.connect(address, autocommit=autocommit, connect_timeout=_CONNECT_TIMEOUT)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 OWNER, APP, SYSTEM, LEDGER = "avb_owner", "avb_app", "avb_system", "avb_ledger"
 KEEPER, CELL = "avb_keeper", "avb_cell"
+ALL = (OWNER, APP, SYSTEM, LEDGER, KEEPER, CELL)
 ADMIN = "avb_admin"
 """Whoever may make the others: the embedded server's superuser, or the login of the operator's DSN."""
 
@@ -39,6 +40,13 @@ BEGIN
     END LOOP;
     IF NOT has_schema_privilege('avb_owner', 'public', 'CREATE') THEN
         GRANT CREATE, USAGE ON SCHEMA public TO avb_owner;
+    END IF;
+    -- A table or function of one's own making could stand in for one of ours in the triggers that run for it.
+    IF has_schema_privilege('avb_cell', 'public', 'CREATE') THEN
+        REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    END IF;
+    IF has_database_privilege('avb_cell', current_database(), 'TEMPORARY') THEN
+        EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
     END IF;
 END $$;
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -50,3 +51,56 @@ def test_every_measurement_that_the_documents_name_is_there() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for name in re.findall(r"\./run bench ([a-z]\w*)", (ROOT / document).read_text()):
             assert (ROOT / "tests" / "bench" / f"{name}.py").is_file()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of somebody who is not root, on a system that has Debian's tools and the set-up, but no servers.
+
+    The set-up is a copy of `run` whose `.venv` says that it is whole; its Python prints what it is asked to run.
+    """
+    home, programs = tmp_path / "home", tmp_path / "bin"
+    for folder in (home / "config", home / ".venv" / "bin", programs):
+        folder.mkdir(parents=True)
+    for name in ("setup.cfg", "setup.py", "config/constraints.txt", "run"):
+        shutil.copy(ROOT / name, home / name)
+    for name in ("sh", "cat", "cksum", "dirname", "readlink"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    scripts = {
+        programs / "apt-get": 'echo called >>"$0.log"',
+        programs / "id": "echo 1000",
+        home / ".venv" / "bin" / "python": 'echo "$*"',
+        home / ".venv" / "bin" / "avb": 'echo "avb $*"',
+    }
+    for path, script in scripts.items():
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    ingredients = "cat setup.cfg setup.py config/constraints.txt | cksum; pwd -P; .venv/bin/python -ISc '{}'"
+    version = "import sys; print(sys.version)"
+    stamp = subprocess.run(ingredients.format(version), shell=True, cwd=home, capture_output=True, check=True).stdout
+    (home / ".venv" / "stamp").write_bytes(stamp)
+    return {"PATH": str(programs), "HOME": str(home)}
+
+
+def run_bare(bare: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    home = Path(bare["HOME"])
+    return subprocess.run([home / "run", *args], env=bare, capture_output=True, text=True, check=False, cwd=home)
+
+
+def test_the_tests_name_the_servers_that_are_missing_and_go_on(bare: dict[str, str]) -> None:
+    done = run_bare(bare, "test", "-k", "this")
+    assert (done.returncode, done.stdout) == (0, "-m pytest -k this\n")
+    assert "only root may install it" in done.stderr
+    packages = done.stderr.split("--no-install-recommends ")[1].split()
+    assert "redis-server" in packages
+    assert set(packages) <= {
+        "redis-server",
+        "postgresql",
+    }  # the latter is found where Debian puts it, whatever the path
+
+
+@pytest.mark.parametrize("verb", ["demo", "avb"])
+def test_who_only_uses_it_needs_no_servers(bare: dict[str, str], verb: str) -> None:
+    done = run_bare(bare, verb, "--json")
+    assert (done.returncode, done.stdout) == (0, "avb demo --json\n" if verb == "demo" else "avb --json\n")
+    assert done.stderr == ""

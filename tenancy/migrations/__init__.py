@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
 HEAD = "0008"
 
+INDEXES = {
+    "usage_events_seq_idx": (
+        "CREATE INDEX CONCURRENTLY usage_events_seq_idx ON usage_events USING brin (seq) WITH (autosummarize = on)"
+    ),
+    "usage_minutes_minute_idx": (
+        "CREATE INDEX CONCURRENTLY usage_minutes_minute_idx ON usage_minutes "
+        "USING brin (minute) WITH (autosummarize = on)"
+    ),
+}
+"""Indexes on tables that hold many rows already when they come: `database.prepare` makes them after the migrations,
+while nodes go on writing, which no transaction can. A migration may make one itself where the table is small."""
+
 
 def upgrade(connection: Connection) -> None:
     """Run what is missing, inside the connection's transaction."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import psycopg
 import pytest
@@ -13,9 +14,10 @@ from sqlalchemy import bindparam, delete, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from agentvoicebox.config.errors import BadInput, Unavailable
-from agentvoicebox.tenancy import keys, roles, sessions
-from agentvoicebox.tenancy.database import Database, NoTenant, sqlstate
+from agentvoicebox.config.errors import BadInput, Forbidden, Unavailable
+from agentvoicebox.tenancy import database as stores
+from agentvoicebox.tenancy import keys, roles, sessions, tenants
+from agentvoicebox.tenancy.database import Address, Database, NoTenant, sqlstate
 from agentvoicebox.tenancy.models import ApiKey, Project, Session, Tenant, UsageEvent
 
 NOT_ALLOWED = "42501"
@@ -28,6 +30,14 @@ async def two(database: Database, tenant: Tenant, other: Tenant) -> tuple[Tenant
         async with database.tenant(owner.id) as session:
             session.add_all([Project(name="second"), Project(name="third")])
     return tenant, other
+
+
+@asynccontextmanager
+async def closing(database: Database) -> AsyncIterator[Database]:
+    try:
+        yield database
+    finally:
+        await database.close()
 
 
 async def seen(session: AsyncSession) -> set[uuid.UUID]:
@@ -283,6 +293,58 @@ async def test_more_tasks_than_connections_wait_their_turn(database: Database, t
             return (await session.execute(text("SELECT pg_sleep(0.01), 1"))).one()[1]
 
     assert await asyncio.gather(*(one() for _ in range(60))) == [1] * 60
+
+
+async def test_a_statement_that_takes_too_long_is_given_up(
+    address: Address, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with closing(Database(address)) as database:
+        for use in (database.tenant(tenant.id), database.system()):
+            async with use as session:
+                assert await session.scalar(text("SHOW statement_timeout")) == "30s"
+    monkeypatch.setattr(stores, "STATEMENT_TIMEOUT", 1)
+    async with closing(Database(address)) as database:
+        for use in (database.tenant(tenant.id), database.system()):
+            with pytest.raises(Unavailable, match="ask for less") as caught:
+                async with use as session:
+                    await session.execute(text("SELECT pg_sleep(60)"))
+            assert caught.value.code == "store_unavailable"
+        async with database.tenant(tenant.id) as session:
+            assert await seen(session) == {tenant.id}
+
+
+async def test_the_operators_own_time_limit_counts(address: Address, tenant: Tenant) -> None:
+    def own(role: str) -> str:
+        return psycopg.conninfo.make_conninfo(address(role), options="-c statement_timeout=7s")
+
+    async with closing(Database(own)) as database, database.tenant(tenant.id) as session:
+        assert await session.scalar(text("SHOW statement_timeout")) == "7s"
+
+
+async def test_a_row_that_somebody_else_holds_is_a_try_again(database: Database, tenant: Tenant) -> None:
+    async with database.tenant(tenant.id) as holder:
+        await holder.execute(text("SELECT 1 FROM projects FOR UPDATE"))
+        with pytest.raises(Unavailable, match="Try again"):
+            async with database.tenant(tenant.id) as session:
+                await session.execute(text("SELECT 1 FROM projects FOR UPDATE NOWAIT"))
+
+
+async def test_a_connection_that_is_cut_is_unavailable_once(database: Database, tenant: Tenant) -> None:
+    for use in (lambda: database.tenant(tenant.id), database.system):
+        with pytest.raises(Unavailable) as caught:
+            async with use() as session:
+                await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        assert caught.value.code == "store_unavailable"
+        async with use() as session:
+            assert tenant.id in await seen(session)
+
+
+async def test_a_limit_that_the_database_holds_is_named(database: Database) -> None:
+    small = await tenants.create(database, f"t-{uuid.uuid4().hex[:12]}", "Small", "free")
+    with pytest.raises(Forbidden, match="limit of 1 projects") as caught:
+        async with database.tenant(small.id) as session:
+            session.add(Project(name="one too many"))
+    assert (caught.value.code, caught.value.param) == ("tenant_limit_exceeded", "projects")
 
 
 async def test_no_server_is_unavailable() -> None:

@@ -19,14 +19,15 @@ import pytest
 
 from agentvoicebox.config.errors import Unavailable
 from agentvoicebox.tenancy import keys, metering, roles, sessions, tenants, voices
+from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database, prepare
 from agentvoicebox.tenancy.embedded import Postgres, serving
-from agentvoicebox.tenancy.keys import Keyring
+from agentvoicebox.tenancy.keyring import Keyring
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import EventType, Metric
 from agentvoicebox.tenancy.sessions import Event
 
-NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+NOW = datetime.now(UTC)
 
 
 @pytest.fixture
@@ -52,7 +53,9 @@ async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres
     tenant = await tenants.create(database, "acme", "Acme")
     issued = await keys.issue(database, tenant.id, "a key")
     session = await sessions.create(database, tenant.id)
-    ledger, ring = Ledger(database), Keyring(database)
+    feed = Feed(database)
+    ledger, ring = Ledger(database), Keyring(database, feed)
+    await feed.start()
     await ring.start()
     await ring.verify(issued.key)
     await ledger.record([turn(tenant.id, "before")])
@@ -85,6 +88,7 @@ async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres
         await seen.wait()  # the feed came back by itself
     await ledger.close()
     await ring.close()
+    await feed.close()
 
 
 async def test_a_short_outage_is_only_a_pause(own: Postgres, database: Database) -> None:
