@@ -1,54 +1,42 @@
-"""API keys: issued once, kept as digests, checked from a cache that is never a second behind."""
+"""API keys from issue to revocation: the secret is seen once, and only its digest is kept."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import hmac
 import logging
 import os
 import secrets
 import tempfile
-import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import psycopg
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from agentvoicebox.config.errors import BadInput, Forbidden, NotFound, Refused, Unavailable
-from agentvoicebox.tenancy import roles
-from agentvoicebox.tenancy.checks import words
-from agentvoicebox.tenancy.database import Database, translated
-from agentvoicebox.tenancy.models import ApiKey, Project, Tenant, TenantStatus
+from agentvoicebox.config.errors import BadInput, Conflict, Forbidden, NotFound, Unavailable
+from agentvoicebox.tenancy import audit, pages
+from agentvoicebox.tenancy.checks import chosen, words
+from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.models import Action, ApiKey, Project, RateClass, Tenant, TenantStatus
+from agentvoicebox.tenancy.pages import Page
 
-CHANNEL = "avb_key_revoked"
-"""Where the database says that the revocation log has grown."""
+PREFIX = "avb_"
+LENGTH = 47
+"""Characters of a key: the prefix, and 32 random bytes as URL-safe base64 without padding."""
+SHOWN = 12
+"""Characters of a key that people are shown to recognize it by."""
 
-_PREFIX = "avb_"
-_LENGTH = 47
-_SHOWN = 12
+GRACE = 24 * 3600.0
+LONGEST_GRACE = 7 * 24 * 3600.0
+"""Seconds for which a key goes on working once it is replaced."""
+
 _OPERATOR_PREFIX = "avb_operator_"
-
-_POLL = 0.3
-_LEASE = 0.9
-"""Seconds for which a look at the revocation log lets the cache answer; with one poll that is under a second."""
-_CACHED = 10_000
-_LAST_XID = 2**63 - 1
-
-# What transactions have revoked that had not ended at the last look. A growing id alone would have gaps: it is given
-# out before its transaction commits. The day keeps a restored database, whose numbers restart, from repeating history.
-_NEWS = """
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
-       array(SELECT key_id FROM key_revocations WHERE xid >= %s AND at > now() - interval '1 day')
-"""
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +51,16 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
+class KeyStatus(StrEnum):
+    """What has become of a key."""
+
+    ACTIVE = "active"
+    ROTATING = "rotating"
+    """Replaced by another, and good until its grace ends."""
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
 @dataclass(frozen=True, slots=True)
 class Issued:
     """A new key; the only time its secret is seen."""
@@ -74,22 +72,13 @@ class Issued:
     expires_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Who holds a good key, and what for."""
-
-    tenant_id: uuid.UUID
-    tenant_slug: str
-    tenant_name: str
-    key_id: uuid.UUID
-    project_id: uuid.UUID | None
-    scopes: frozenset[str]
-    expires_at: datetime | None
-
-    def require(self, scope: Scope | str) -> None:
-        """Raise `Forbidden` unless the key has this scope."""
-        if scope not in self.scopes:
-            raise Forbidden(f"This key lacks the scope {str(scope)!r}; use one that has it.", code="insufficient_scope")
+def status(key: ApiKey, now: datetime) -> KeyStatus:
+    """What has become of the key by then."""
+    if key.revoked_at is not None:
+        return KeyStatus.REVOKED
+    if key.expires_at is not None and key.expires_at <= now:
+        return KeyStatus.EXPIRED
+    return KeyStatus.ACTIVE if key.replaced_by is None else KeyStatus.ROTATING
 
 
 async def issue(
@@ -99,209 +88,193 @@ async def issue(
     scopes: Iterable[str] = (Scope.REALTIME,),
     expires_at: datetime | None = None,
     project_id: uuid.UUID | None = None,
+    *,
+    description: str = "",
+    rate_class: str = RateClass.STANDARD,
+    created_by: uuid.UUID | None = None,
+    granter: Collection[str] | None = None,
 ) -> Issued:
-    """Make a key of the tenant's project, by default its first one. Raises `BadInput`, `NotFound`."""
+    """Make a key of the tenant's project, by default its first one.
+
+    `granter` are the scopes of whoever asks for it, None for the operator: nobody gives what they do not have.
+    Raises `BadInput`, `NotFound`, and `Forbidden` for a scope that the granter lacks or when the tenant has its fill.
+    """
     words(name, "name", 1, 100)
-    wanted = tuple(dict.fromkeys(scopes))
-    if not wanted or any(scope not in tuple(Scope) for scope in wanted):
-        raise BadInput(f"scopes must be one or more of {', '.join(Scope)}.", param="scopes")
+    _check_description(description)
+    wanted = _scopes(scopes)
+    _check_granter(wanted, granter)
+    secret = PREFIX + secrets.token_urlsafe(32)
     if expires_at is not None and (expires_at.tzinfo is None or expires_at <= datetime.now(UTC)):
         raise BadInput("expires_at must have a time zone and lie in the future.", param="expires_at")
-    secret = _PREFIX + secrets.token_urlsafe(32)
+    key = ApiKey(
+        id=uuid.uuid4(),
+        name=name,
+        description=description,
+        key_prefix=secret[:SHOWN],
+        key_hash=_digest(secret),
+        scopes=[scope.value for scope in wanted],
+        rate_limit_tier=chosen(rate_class, "rate_class", RateClass),
+        expires_at=expires_at,
+        created_by=created_by,
+    )
     async with database.tenant(tenant_id) as session:
-        mine = Project.is_default if project_id is None else Project.id == project_id
-        project = (await session.execute(select(Project.id).where(mine))).scalar_one_or_none()
-        if project is None:
-            if project_id is None:
-                raise NotFound("There is no such tenant.", code="tenant_not_found")
-            raise NotFound("There is no such project.", param="project_id")
+        await _check_tenant(session, tenant_id)
+        key.project_id = await _project(session, project_id)
+        session.add(key)
+        await session.flush()
+        await audit.append(session, Action.CREATE, "api_key", key.id, "issued", new=_told(key))
+    _log.info("key_issued tenant_id=%s key_id=%s", tenant_id, key.id)
+    return Issued(key.id, secret, key.key_prefix, wanted, expires_at)
+
+
+async def get(database: Database, tenant_id: uuid.UUID, key_id: uuid.UUID) -> ApiKey:
+    """The key, whatever has become of it. Raises `NotFound`."""
+    async with database.tenant(tenant_id) as session:
+        return _known(await session.get(ApiKey, (tenant_id, key_id)))
+
+
+async def list_(
+    database: Database,
+    tenant_id: uuid.UUID,
+    *,
+    status: str | None = None,
+    project_id: uuid.UUID | None = None,
+    page: int = 1,
+    page_size: int = 20,
+) -> Page[ApiKey]:
+    """The tenant's keys, the newest first; those of one `KeyStatus`, or of one project. Raises `BadInput`."""
+    query = select(ApiKey)
+    if status is not None:
+        query = query.where(_is(chosen(status, "status", KeyStatus)))
+    if project_id is not None:
+        query = query.where(ApiKey.project_id == project_id)
+    async with database.tenant(tenant_id) as session:
+        return await pages.turn_to(session, query.order_by(ApiKey.created_at.desc(), ApiKey.id), page, page_size)
+
+
+async def update(
+    database: Database,
+    tenant_id: uuid.UUID,
+    key_id: uuid.UUID,
+    *,
+    name: str | None = None,
+    description: str | None = None,
+    project_id: uuid.UUID | None = None,
+    scopes: Iterable[str] | None = None,
+    rate_class: str | None = None,
+    granter: Collection[str] | None = None,
+) -> ApiKey:
+    """Change what is given; `granter` as in `issue`, for scopes that the key does not have yet.
+
+    Raises `BadInput`, `NotFound`, `Forbidden`, and `Conflict` for a key that is revoked.
+    """
+    changes: dict[str, Any] = {}
+    if name is not None:
+        changes["name"] = words(name, "name", 1, 100)
+    if description is not None:
+        changes["description"] = _check_description(description)
+    if rate_class is not None:
+        changes["rate_limit_tier"] = chosen(rate_class, "rate_class", RateClass)
+    wanted = None if scopes is None else _scopes(scopes)
+    async with database.tenant(tenant_id) as session:
+        key = await _locked(session, tenant_id, key_id)
+        if key.revoked_at is not None:
+            raise Conflict("This key has been revoked and stays as it is; issue a new one.", param="key_id")
+        if wanted is not None:
+            _check_granter([scope for scope in wanted if scope not in key.scopes], granter)
+            changes["scopes"] = [scope.value for scope in wanted]
+        if project_id is not None:
+            changes["project_id"] = await _project(session, project_id)
+        old = _told(key)
+        for column, value in changes.items():
+            setattr(key, column, value)
+        new = _told(key)
+        changed = [what for what in new if new[what] != old[what]]
+        if changed:
+            await session.flush()
+            await session.refresh(key)
+            await audit.append(
+                session,
+                Action.UPDATE,
+                "api_key",
+                key.id,
+                "changed",
+                old={what: old[what] for what in changed},
+                new={what: new[what] for what in changed},
+            )
+    return key
+
+
+async def rotate(
+    database: Database,
+    tenant_id: uuid.UUID,
+    key_id: uuid.UUID,
+    grace: float = GRACE,
+    created_by: uuid.UUID | None = None,
+    granter: Collection[str] | None = None,
+) -> Issued:
+    """Replace a key by a new one with the same name, project, scopes, class and, counted from now, lifetime.
+
+    The old key goes on working for `grace` seconds, 0 to 7 days; at 0 it is revoked at once, which is what a key that
+    leaked needs. `granter` as in `issue`. Raises `BadInput`, `NotFound`, `Forbidden`, and `Conflict` for a key that is
+    revoked, expired or replaced already.
+    """
+    if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace <= LONGEST_GRACE:
+        raise BadInput(f"grace must be 0 to {LONGEST_GRACE:.0f} seconds.", param="grace")
+    secret = PREFIX + secrets.token_urlsafe(32)
+    async with database.tenant(tenant_id) as session:
+        await _check_tenant(session, tenant_id)
+        old = await _locked(session, tenant_id, key_id)
+        now = (await session.execute(select(func.clock_timestamp()))).scalar_one()
+        _check_rotatable(old, status(old, now))
+        scopes = tuple(Scope(scope) for scope in old.scopes)
+        _check_granter(scopes, granter)
         key = ApiKey(
             id=uuid.uuid4(),
-            project_id=project,
-            name=name,
-            key_prefix=secret[:_SHOWN],
+            name=old.name,
+            description=old.description,
+            project_id=old.project_id,
+            key_prefix=secret[:SHOWN],
             key_hash=_digest(secret),
-            scopes=[str(scope) for scope in wanted],
-            expires_at=expires_at,
+            scopes=list(old.scopes),
+            rate_limit_tier=old.rate_limit_tier,
+            expires_at=None if old.expires_at is None else now + (old.expires_at - old.created_at),
+            created_by=created_by,
+            rotated_from=old.id,
         )
         session.add(key)
-    _log.info("key_issued tenant_id=%s key_id=%s", tenant_id, key.id)
-    return Issued(key.id, secret, secret[:_SHOWN], tuple(Scope(scope) for scope in wanted), expires_at)
+        await session.flush()  # while the old key is good, so that this one takes its place in the tenant's limit
+        old.replaced_by = key.id
+        if grace == 0:
+            old.revoked_at, old.revoked_by = now, created_by
+        else:
+            end = now + timedelta(seconds=grace)
+            old.expires_at = end if old.expires_at is None else min(old.expires_at, end)
+        await session.flush()
+        ends = {"expires_at": _iso(old.expires_at), "revoked_at": _iso(old.revoked_at)}
+        await audit.append(
+            session, Action.UPDATE, "api_key", old.id, "rotated", new=ends, details={"replaced_by": str(key.id)}
+        )
+        await audit.append(
+            session, Action.CREATE, "api_key", key.id, "issued", new=_told(key), details={"rotated_from": str(old.id)}
+        )
+    _log.info("key_rotated tenant_id=%s key_id=%s new_key_id=%s", tenant_id, old.id, key.id)
+    return Issued(key.id, secret, key.key_prefix, scopes, key.expires_at)
 
 
-async def revoke(database: Database, tenant_id: uuid.UUID, key_id: uuid.UUID) -> None:
+async def revoke(
+    database: Database, tenant_id: uuid.UUID, key_id: uuid.UUID, revoked_by: uuid.UUID | None = None
+) -> None:
     """End a key, everywhere within a second; ending it again changes nothing. Raises `NotFound`."""
     async with database.tenant(tenant_id) as session:
-        # The revocation log is written by a trigger, so that no way of revoking can forget it.
-        ended = await session.execute(
-            update(ApiKey)
-            .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
-            .values(revoked_at=func.now())
-            .returning(ApiKey.id)
-        )
-        if ended.scalar_one_or_none() is None and await session.get(ApiKey, (tenant_id, key_id)) is None:
-            raise NotFound("There is no such key.", param="key_id")
-    _log.info("key_revoked tenant_id=%s key_id=%s", tenant_id, key_id)
-
-
-class Keyring:
-    """One node's view of all keys.
-
-    It answers from memory only while its last look at the revocation log is under a second old, else from the database,
-    and not at all when that is away. Between looks the database's notifications hasten the next one.
-    """
-
-    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
-        self._database = database
-        self._clock = clock
-        self._grants: OrderedDict[bytes, tuple[Grant, float]] = OrderedDict()
-        self._digests: dict[uuid.UUID, bytes] = {}
-        self._callbacks: list[Callable[[uuid.UUID], None]] = []
-        self._fresh_until = 0.0
-        self._since = _LAST_XID
-        self._reported: frozenset[uuid.UUID] = frozenset()
-        self._looks = 0
-        self._feed: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Begin to follow revocations. Raises `Unavailable` when the store does not answer."""
-        connection = await self._listen()
-        await self._look(connection)
-        self._feed = asyncio.create_task(self._follow(connection), name="revocations")
-
-    async def close(self) -> None:
-        """Stop following; from now on every answer comes from the database."""
-        if self._feed is not None:
-            self._feed.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._feed
-            self._feed = None
-        self._fresh_until = 0.0
-
-    def on_revoked(self, callback: Callable[[uuid.UUID], None]) -> None:
-        """Call `callback` with the id of every key that is revoked, or whose tenant stops being active, from now on."""
-        self._callbacks.append(callback)
-
-    async def verify(self, secret: str) -> Grant:
-        """Whose key this is. Raises `Refused`, `Forbidden`, `NotFound` for a deleted tenant, `Unavailable`."""
-        digest = hashlib.sha256(secret.encode(errors="replace")).digest()
-        held = self._grants.get(digest)
-        if held is None or time.monotonic() >= self._fresh_until:
-            held = await self._read(secret, digest)
-        else:
-            self._grants.move_to_end(digest)
-        grant, expiry = held
-        if self._clock() >= expiry:
-            raise Refused("This key has expired; issue a new one.", code="api_key_expired")
-        return grant
-
-    async def _read(self, secret: str, digest: bytes) -> tuple[Grant, float]:
-        if len(secret) != _LENGTH or not secret.startswith(_PREFIX):
-            raise _unknown()
-        looks = self._looks
-        async with self._database.system() as session:
-            found = (
-                await session.execute(
-                    select(ApiKey, Tenant)
-                    .join(Tenant, Tenant.id == ApiKey.tenant_id)
-                    .where(ApiKey.key_hash == digest.hex())
-                )
-            ).one_or_none()
-        if found is None:
-            raise _unknown()
-        key, tenant = found
+        key = await _locked(session, tenant_id, key_id)
         if key.revoked_at is not None:
-            raise Refused("This key has been revoked; issue a new one.", code="api_key_revoked")
-        expiry = key.expires_at.timestamp() if key.expires_at else float("inf")
-        grant = Grant(
-            tenant_id=tenant.id,
-            tenant_slug=tenant.slug,
-            tenant_name=tenant.name,
-            key_id=key.id,
-            project_id=key.project_id,
-            scopes=frozenset(key.scopes),
-            expires_at=key.expires_at,
-        )
-        if self._clock() < expiry:
-            _check_active(tenant.status)
-            if looks == self._looks:  # else a revocation may have been reported while we read
-                self._keep(digest, grant, expiry)
-        return grant, expiry
-
-    def _keep(self, digest: bytes, grant: Grant, expiry: float) -> None:
-        self._grants[digest] = (grant, expiry)
-        self._grants.move_to_end(digest)
-        self._digests[grant.key_id] = digest
-        if len(self._grants) > _CACHED:
-            _, (oldest, _) = self._grants.popitem(last=False)
-            self._digests.pop(oldest.key_id, None)
-
-    async def _listen(self) -> psycopg.AsyncConnection[Any]:
-        connection = await self._database.connect(roles.SYSTEM)
-        connection.add_notify_handler(lambda _: None)  # it arrives with the next look; without this they pile up
-        with translated():
-            await connection.execute(f"LISTEN {CHANNEL}")
-        return connection
-
-    async def _follow(self, connection: psycopg.AsyncConnection[Any] | None) -> None:
-        """Look at the log at once when told to, and every 0.3 s anyway; connect again for as long as it takes."""
-        try:
-            while True:
-                try:
-                    if connection is None:
-                        connection = await self._listen()
-                    await self._look(connection)
-                    await _told(connection.fileno(), _POLL)
-                except Exception as error:
-                    if isinstance(error, Unavailable):
-                        _log.warning("The revocation log is out of reach: %s", error.message)
-                    else:
-                        _log.exception("The revocation log cannot be followed; trying again.")
-                    if connection is not None:
-                        await connection.close()
-                    connection = None
-                    await asyncio.sleep(_POLL)
-        finally:
-            if connection is not None:
-                await connection.close()
-
-    async def _look(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        looked_at = time.monotonic()
-        with translated():
-            cursor = await connection.execute(_NEWS, (self._since,))
-            row = await cursor.fetchone()
-        assert row is not None
-        self._since, news = row[0], frozenset(row[1])
-        if news:
-            self._looks += 1
-        for key_id in news:
-            if (digest := self._digests.pop(key_id, None)) is not None:
-                self._grants.pop(digest, None)
-        for key_id in news - self._reported:
-            self._report(key_id)
-        self._reported = news
-        self._fresh_until = looked_at + _LEASE
-
-    def _report(self, key_id: uuid.UUID) -> None:
-        for callback in self._callbacks:
-            try:
-                callback(key_id)
-            except Exception:
-                _log.exception("Could not act on the revocation of key %s.", key_id)
-
-
-async def _told(socket: int, patience: float) -> None:
-    """Wait until the database says something, or not. Much cheaper than psycopg's notifies(), which wakes up ten times
-    a second."""
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(socket, told.set)
-    try:
-        async with asyncio.timeout(patience):
-            await told.wait()
-    except TimeoutError:
-        pass
-    finally:
-        loop.remove_reader(socket)
+            return
+        # The log of changes is written by a trigger, so that no way of revoking can forget it.
+        key.revoked_at, key.revoked_by = func.now(), revoked_by
+        await session.flush()
+        await audit.append(session, Action.DELETE, "api_key", key.id, "revoked", old=_told(key))
+    _log.info("key_revoked tenant_id=%s key_id=%s", tenant_id, key_id)
 
 
 def operator_key(data: Path) -> tuple[str, bool]:
@@ -356,15 +329,84 @@ def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _unknown() -> Refused:
-    return Refused("This API key is not known; check it, or issue a new one.", code="invalid_api_key")
+def _scopes(given: Iterable[str]) -> tuple[Scope, ...]:
+    found = list(given)
+    if not found or any(scope not in tuple(Scope) for scope in found):
+        raise BadInput(f"scopes must be one or more of {', '.join(Scope)}.", param="scopes")
+    return tuple(Scope(scope) for scope in dict.fromkeys(found))
 
 
-def _check_active(status: TenantStatus) -> None:
-    if status == TenantStatus.ACTIVE:
-        return
-    if status == TenantStatus.DELETED:
+def _check_description(given: str) -> str:
+    return words(given, "description", 0, 1_000)
+
+
+def _check_granter(wanted: Iterable[str], granter: Collection[str] | None) -> None:
+    missing = [] if granter is None else [str(scope) for scope in wanted if scope not in granter]
+    if missing:
+        raise Forbidden(
+            f"You cannot give the scope {missing[0]!r}, since you do not have it; ask somebody who has.",
+            code="insufficient_scope",
+            param="scopes",
+        )
+
+
+def _check_rotatable(key: ApiKey, now: KeyStatus) -> None:
+    if now == KeyStatus.ROTATING:
+        raise Conflict(f"This key has been replaced by {key.replaced_by}; rotate that one.", param="key_id")
+    if now != KeyStatus.ACTIVE:
+        raise Conflict(f"This key is {now.value}, so nothing can take its place; issue a new one.", param="key_id")
+
+
+async def _check_tenant(session: AsyncSession, tenant_id: uuid.UUID) -> None:
+    status = (await session.execute(select(Tenant.status).where(Tenant.id == tenant_id))).scalar_one_or_none()
+    if status in (None, TenantStatus.DELETED):
         raise NotFound("There is no such tenant.", code="tenant_not_found")
-    if status == TenantStatus.SUSPENDED:
-        raise Forbidden("This tenant is suspended; its administrator can ask why.", code="tenant_suspended")
-    raise Forbidden("This tenant is not active yet; finish its onboarding.", code="tenant_pending")
+
+
+async def _project(session: AsyncSession, project_id: uuid.UUID | None) -> uuid.UUID:
+    """The tenant's project of that id, or its default one; nobody deletes it before the transaction ends."""
+    mine = Project.is_default if project_id is None else Project.id == project_id
+    query = select(Project.id).where(mine).with_for_update(read=True, key_share=True)
+    found = (await session.execute(query)).scalar_one_or_none()
+    if found is None:
+        raise NotFound("There is no such project.", param="project_id")
+    return found
+
+
+async def _locked(session: AsyncSession, tenant_id: uuid.UUID, key_id: uuid.UUID) -> ApiKey:
+    """The key, which nobody else changes before the transaction ends."""
+    return _known(await session.get(ApiKey, (tenant_id, key_id), with_for_update={"key_share": True}))
+
+
+def _known(key: ApiKey | None) -> ApiKey:
+    if key is None:
+        raise NotFound("There is no such key.", param="key_id")
+    return key
+
+
+def _is(wanted: KeyStatus) -> ColumnElement[bool]:
+    """`status`, as a condition."""
+    over = func.coalesce(ApiKey.expires_at <= func.now(), False)
+    if wanted == KeyStatus.REVOKED:
+        return ApiKey.revoked_at.is_not(None)
+    if wanted == KeyStatus.EXPIRED:
+        return and_(ApiKey.revoked_at.is_(None), over)
+    replaced = ApiKey.replaced_by.is_not(None) if wanted == KeyStatus.ROTATING else ApiKey.replaced_by.is_(None)
+    return and_(ApiKey.revoked_at.is_(None), ~over, replaced)
+
+
+def _told(key: ApiKey) -> dict[str, Any]:
+    """What the audit log says of a key."""
+    return {
+        "name": key.name,
+        "description": key.description,
+        "prefix": key.key_prefix,
+        "project_id": None if key.project_id is None else str(key.project_id),
+        "scopes": list(key.scopes),
+        "rate_class": str(key.rate_limit_tier),
+        "expires_at": _iso(key.expires_at),
+    }
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()

@@ -43,6 +43,7 @@ class ApiKey(TenantOwned, Timestamped, Base):
     last_used_ip: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
     usage_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     rotated_from: Mapped[uuid.UUID | None]
+    replaced_by: Mapped[uuid.UUID | None]
 
     __table_args__ = (
         project_key(),

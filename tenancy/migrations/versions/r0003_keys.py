@@ -7,8 +7,12 @@ from alembic import op
 revision = "0003"
 down_revision = "0002"
 
+# The uses of keys are counted in place, every few seconds: with room on its page a row need not move.
 TABLES = """
-ALTER TABLE api_keys ADD COLUMN rotated_from uuid;
+ALTER TABLE api_keys
+    ADD COLUMN rotated_from uuid,
+    ADD COLUMN replaced_by uuid,
+    SET (fillfactor = 85);
 ALTER TABLE key_revocations
     ADD COLUMN kind varchar(20) NOT NULL DEFAULT 'revoked',
     ALTER COLUMN key_id DROP NOT NULL,
@@ -34,9 +38,30 @@ BEGIN
         VALUES ((to_jsonb(NEW) ->> CASE TG_TABLE_NAME WHEN 'tenants' THEN 'id' ELSE 'tenant_id' END)::uuid, 'tenant');
     RETURN NULL;
 END $$;
-CREATE TRIGGER changed AFTER UPDATE OF name, tier ON tenants FOR EACH ROW
-    WHEN ((OLD.name, OLD.tier) IS DISTINCT FROM (NEW.name, NEW.tier)) EXECUTE FUNCTION note_tenant();
+CREATE TRIGGER changed AFTER UPDATE OF name, slug, tier ON tenants FOR EACH ROW
+    WHEN ((OLD.name, OLD.slug, OLD.tier) IS DISTINCT FROM (NEW.name, NEW.slug, NEW.tier))
+    EXECUTE FUNCTION note_tenant();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE ON tenant_settings FOR EACH ROW EXECUTE FUNCTION note_tenant();
+
+-- A key that replaces another takes its place in the tenant's limit, so the replaced ones that are still good need a
+-- limit too: else who rotates again and again has any number of keys.
+CREATE FUNCTION limit_replaced() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    most bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended('replaced ' || NEW.tenant_id::text, 0));
+    SELECT max_api_keys INTO most FROM tenants WHERE id = NEW.tenant_id;
+    IF (SELECT count(*) FROM api_keys
+        WHERE tenant_id = NEW.tenant_id AND replaced_by IS NOT NULL
+          AND revoked_at IS NULL AND expires_at > now()) >= most
+    THEN
+        RAISE EXCEPTION 'replaced_api_keys_that_are_still_good' USING ERRCODE = 'AV003', DETAIL = most;
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER replaced BEFORE UPDATE OF replaced_by ON api_keys FOR EACH ROW
+    WHEN (OLD.replaced_by IS NULL AND NEW.replaced_by IS NOT NULL AND NEW.revoked_at IS NULL)
+    EXECUTE FUNCTION limit_replaced();
 """
 
 
@@ -47,13 +72,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DROP TRIGGER changed ON api_keys")
-    op.execute("DROP TRIGGER changed ON tenants")
-    op.execute("DROP TRIGGER changed ON tenant_settings")
-    op.execute("DROP FUNCTION note_change(), note_tenant()")
-    op.execute("REVOKE DELETE ON key_revocations FROM avb_system")
     op.execute("SET LOCAL ROLE avb_system")
     op.execute("DELETE FROM key_revocations WHERE kind <> 'revoked'")
     op.execute("SET LOCAL ROLE avb_owner")
+    op.execute("DROP TRIGGER replaced ON api_keys")
+    for table in ("api_keys", "tenants", "tenant_settings"):
+        op.execute(f"DROP TRIGGER changed ON {table}")
+    op.execute("DROP FUNCTION note_change(), note_tenant(), limit_replaced()")
+    op.execute("REVOKE DELETE ON key_revocations FROM avb_system")
     op.execute("ALTER TABLE key_revocations DROP COLUMN kind, ALTER COLUMN key_id SET NOT NULL")
-    op.execute("ALTER TABLE api_keys DROP COLUMN rotated_from")
+    op.execute("ALTER TABLE api_keys DROP COLUMN rotated_from, DROP COLUMN replaced_by, RESET (fillfactor)")
