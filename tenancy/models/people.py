@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Boolean, ForeignKeyConstraint, Index, String, func, text
+from sqlalchemy import Boolean, CheckConstraint, ForeignKeyConstraint, Index, String, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from agentvoicebox.tenancy.models.base import Base, TenantOwned, Timestamped, choice, one_of, tenant_key
@@ -47,7 +47,7 @@ class User(Timestamped, Base):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=uuid.uuid4)
     keycloak_id: Mapped[str | None] = mapped_column(String(255), unique=True)
-    email: Mapped[str] = mapped_column(String(320), unique=True)
+    email: Mapped[str] = mapped_column(String(320))
     first_name: Mapped[str] = mapped_column(String(150), server_default="")
     last_name: Mapped[str] = mapped_column(String(150), server_default="")
     is_active: Mapped[bool] = mapped_column(Boolean, server_default=text("true"))
@@ -61,6 +61,8 @@ class User(Timestamped, Base):
     email_notifications: Mapped[bool] = mapped_column(Boolean, server_default=text("true"))
     push_notifications: Mapped[bool] = mapped_column(Boolean, server_default=text("true"))
     theme_id: Mapped[uuid.UUID | None]
+
+    __table_args__ = (Index("users_email_key", func.lower(text("email")), unique=True),)
 
     @property
     def full_name(self) -> str:
@@ -102,10 +104,11 @@ class Invitation(TenantOwned, Timestamped, Base):
         tenant_key(),
         one_of("role", Role),
         one_of("status", InvitationStatus),
+        CheckConstraint("role <> 'sysadmin'", name="no_sysadmin"),
         Index(
             "invitations_pending_key",
             "tenant_id",
-            "email",
+            func.lower(text("email")),
             unique=True,
             postgresql_where=text("status = 'pending'"),
         ),

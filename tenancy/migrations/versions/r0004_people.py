@@ -13,7 +13,7 @@ TABLES = """
 CREATE TABLE users (
     id uuid PRIMARY KEY,
     keycloak_id varchar(255) UNIQUE,
-    email varchar(320) NOT NULL UNIQUE,
+    email varchar(320) NOT NULL,
     first_name varchar(150) NOT NULL DEFAULT '',
     last_name varchar(150) NOT NULL DEFAULT '',
     is_active boolean NOT NULL DEFAULT true,
@@ -30,6 +30,8 @@ CREATE TABLE users (
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now()
 );
+-- However it is spelled, an address is one person's.
+CREATE UNIQUE INDEX users_email_key ON users (lower(email));
 
 CREATE TABLE members (
     tenant_id uuid NOT NULL REFERENCES tenants,
@@ -53,9 +55,10 @@ CREATE TABLE invitations (
     invited_by uuid,
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
-    PRIMARY KEY (tenant_id, id)
+    PRIMARY KEY (tenant_id, id),
+    CONSTRAINT invitations_no_sysadmin_check CHECK (role <> 'sysadmin')
 );
-CREATE UNIQUE INDEX invitations_pending_key ON invitations (tenant_id, email) WHERE status = 'pending';
+CREATE UNIQUE INDEX invitations_pending_key ON invitations (tenant_id, lower(email)) WHERE status = 'pending';
 
 -- No foreign key to tenants: the platform's own tuples carry the id of no tenant.
 CREATE TABLE relations (
@@ -70,12 +73,18 @@ CREATE TABLE relations (
 );
 CREATE INDEX ON relations (tenant_id, subject_type, subject_id);
 
+-- Once for each statement, since a tenant's roles are read again as a whole.
 CREATE FUNCTION note_relation() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO key_revocations (tenant_id, kind) VALUES (coalesce(NEW.tenant_id, OLD.tenant_id), 'relations');
+    INSERT INTO key_revocations (tenant_id, kind) SELECT DISTINCT tenant_id, 'relations' FROM changed;
     RETURN NULL;
 END $$;
-CREATE TRIGGER changed AFTER INSERT OR UPDATE OR DELETE ON relations FOR EACH ROW EXECUTE FUNCTION note_relation();
+CREATE TRIGGER noted_insert AFTER INSERT ON relations
+    REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION note_relation();
+CREATE TRIGGER noted_update AFTER UPDATE ON relations
+    REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION note_relation();
+CREATE TRIGGER noted_delete AFTER DELETE ON relations
+    REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION note_relation();
 """
 
 
@@ -90,10 +99,18 @@ def upgrade() -> None:
     op.execute(f"CREATE POLICY tenant_isolation ON users FOR SELECT TO avb_app USING (EXISTS ({theirs}))")
     op.execute("GRANT SELECT (id, email, first_name, last_name, is_active, last_login) ON users TO avb_app")
     grant("users", avb_system="SELECT, INSERT, UPDATE")
-    grant("members", avb_app="SELECT, UPDATE", avb_system="SELECT, INSERT, UPDATE", avb_keeper="SELECT, DELETE")
-    grant("invitations", avb_app="SELECT, INSERT, UPDATE", avb_system="SELECT, UPDATE", avb_keeper="SELECT, DELETE")
+    # A tenant's own transactions make nobody a member, and turn no member into somebody else, whom they would then see.
+    grant("members", avb_app="SELECT, UPDATE (status, updated_at)", avb_system="SELECT, INSERT, UPDATE")
+    grant("members", avb_keeper="SELECT, DELETE")
+    grant("invitations", avb_app="SELECT, INSERT, UPDATE (status, token_hash, expires_at, updated_at)")
+    grant("invitations", avb_system="SELECT, UPDATE", avb_keeper="SELECT, DELETE")
     grant("relations", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT, INSERT, DELETE")
     grant("relations", avb_keeper="SELECT, DELETE")
+    # Nor a sysadmin, who would be one on the platform's word.
+    op.execute(
+        "CREATE POLICY no_sysadmin ON relations AS RESTRICTIVE FOR INSERT TO avb_app "
+        "WITH CHECK (relation <> 'sysadmin')"
+    )
     grant("key_revocations", avb_keeper="INSERT")
 
 
