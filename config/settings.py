@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -39,6 +40,12 @@ class Settings:
     """Browser origins, beside our own, that may open a socket."""
     database: str | None = field(default=None, repr=False)
     """DSN of a PostgreSQL; none means the embedded one in the data directory."""
+    redis: str | None = field(default=None, repr=False)
+    """Address of a Redis that nodes share; none means that there is one node, which keeps its state in process."""
+    secrets_keys: str | None = field(default=None, repr=False)
+    """Master keys of tenants' secrets, `id:base64,…`, the newest first; none means the file `master.keys` in `data`."""
+    base_domain: str | None = None
+    """Domain under which `<slug>.<base_domain>` names a tenant; none means that host names name nobody."""
     workers: int = 1
     """Node processes."""
     cells: int = 1
@@ -63,6 +70,8 @@ class Settings:
 
 _PATHS = ("data", "models", "tls_cert", "tls_key")
 _LISTS = ("languages", "allowed_origins", "trusted_proxies")
+_SECRET = ("database", "redis", "secrets_keys")
+"""An address may hold a password."""
 _RANGES = {"workers": (1, 64), "cells": (1, 256), "port": (0, 65535)}
 _CHOICES = {
     "engine": ("auto", "offline", "models"),
@@ -70,6 +79,8 @@ _CHOICES = {
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
     "log_format": ("auto", "console", "json"),
 }
+_REDIS_PATH = re.compile(r"(/\d{0,4})?", re.ASCII)
+_DOMAIN = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
@@ -176,11 +187,15 @@ def _convert(name: str, value: Any) -> Any:
                 raise ValueError("must be addresses or networks such as 10.0.0.0/8")
             return parts
         text = _text(value)
+        if name == "redis" and not _is_redis(text):
+            raise ValueError("must be redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/socket")
+        if name == "base_domain" and not _DOMAIN.fullmatch(text):
+            raise ValueError("must be a domain such as voice.example.com")
         if name in _CHOICES and text not in _CHOICES[name]:
             raise ValueError(f"must be one of {', '.join(_CHOICES[name])}")
         return text
     except (ValueError, RuntimeError) as error:
-        shown = "" if name == "database" else f"={value!r}"  # a DSN may hold a password
+        shown = "" if name in _SECRET else f"={value!r}"
         raise BadInput(f"Setting {name}{shown}: {error}.", param=name) from error
 
 
@@ -220,6 +235,19 @@ def _is_network(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_redis(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        return False
+    if url.scheme == "unix":
+        return len(url.path) > 1
+    return (
+        url.scheme in ("redis", "rediss") and bool(url.hostname) and port != 0 and bool(_REDIS_PATH.fullmatch(url.path))
+    )
 
 
 def _boolean(value: Any) -> bool:

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from agentvoicebox.config import errors
-from agentvoicebox.config.errors import AvbError, BadInput
+from agentvoicebox.config.errors import AvbError, BadInput, RateLimited
 
 VOCABULARY = [
     each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, AvbError) and each != AvbError
@@ -17,7 +17,7 @@ VOCABULARY = [
 
 @pytest.mark.parametrize("error", VOCABULARY)
 def test_each_has_a_status_a_code_and_a_sentence(error: type[AvbError]) -> None:
-    raised = error("Say it again.")
+    raised = error("Say it again.", **({"retry_after": 1.0} if error is RateLimited else {}))
     assert 400 <= raised.status < 600
     assert re.fullmatch(r"[a-z_]+", raised.code)
     assert (str(raised), raised.message, raised.param) == ("Say it again.", "Say it again.", None)

@@ -68,7 +68,8 @@ def test_every_setting_can_come_from_the_environment_and_from_a_file(write: Writ
         "data": "/d", "models": "/m", "host": "0.0.0.0", "port": "1", "tls_cert": str(pem), "tls_key": str(pem),
         "behind_proxy": "yes", "trusted_proxies": "10.0.0.0/8, ::1",
         "allowed_origins": "https://a.example, https://b.example",
-        "database": "postgresql://x", "workers": "2", "cells": "3", "languages": "en-US,de-DE", "engine": "models",
+        "database": "postgresql://x", "redis": "redis://x", "secrets_keys": "k:AA==", "base_domain": "a.example",
+        "workers": "2", "cells": "3", "languages": "en-US,de-DE", "engine": "models",
         "vad": "webrtc", "vad_hangover": "0.4", "whisper": "tiny", "models_url": "https://m.example",
         "log_level": "DEBUG", "log_format": "json",
     }  # fmt: skip
@@ -94,6 +95,38 @@ def test_they_cannot_be_changed_afterwards() -> None:
 def test_a_dsn_is_not_shown() -> None:
     assert "hunter2" not in repr(settings.load({"database": "postgresql://u:hunter2@h/db"}, HOME))
     assert "hunter2" not in str(refused(database=["hunter2"]))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["redis://h", "redis://h:6379/0", "rediss://:hunter2@[::1]:6380/", "unix:///run/redis.sock", "unix:///a?db=2"],
+)
+def test_an_address_of_redis_is_taken_and_not_shown(address: str) -> None:
+    found = settings.load({"redis": address}, HOME)
+    assert found.redis == address
+    assert address not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "h:6379/hunter2",
+        "http://:hunter2@h",
+        "redis://u:hunter2",
+        "redis://:hunter2@",
+        "redis://h:hunter2/0",
+        "redis://h:99999/hunter2",
+        "redis://h:0/hunter2",
+        "redis://h/hunter2",
+        "unix://hunter2",
+        "redis://[hunter2",
+        ["redis://hunter2"],
+    ],
+)
+def test_what_is_no_address_of_redis_is_refused_and_not_shown(address: object) -> None:
+    error = refused(redis=address)
+    assert (error.code, error.param) == ("validation_error", "redis")
+    assert "hunter2" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +256,23 @@ def test_only_loopback_addresses_are_loopback(address: ipaddress.IPv4Address | i
 def test_whatever_yaml_brings_is_taken_or_refused(name: str, value: object) -> None:
     with contextlib.suppress(BadInput):
         settings.load({name: value}, HOME)
+
+
+def test_a_base_domain_is_a_domain() -> None:
+    assert settings.load({"base_domain": "voice.example.com"}, HOME).base_domain == "voice.example.com"
+    for wrong in (
+        "com",
+        "Voice.example.com",
+        "127.0.0.1",
+        "a..b",
+        "-a.example.com",
+        "example.com:80",
+        "a.example.com.",
+    ):
+        with pytest.raises(BadInput) as caught:
+            settings.load({"base_domain": wrong}, HOME)
+        assert caught.value.param == "base_domain"
+
+
+def test_master_keys_are_not_shown() -> None:
+    assert "hunter2" not in repr(settings.load({"secrets_keys": "k1:hunter2"}, HOME))
