@@ -17,14 +17,23 @@ class Metric(StrEnum):
     """What is counted."""
 
     API_CALLS = "api_calls"
+    """Requests answered, through REST or as events of a socket that ask for something."""
     SESSIONS = "sessions"
+    """Sessions begun."""
     SESSION_SECONDS = "session_seconds"
+    """Seconds that sessions were connected."""
     STT_AUDIO_SECONDS = "stt_audio_seconds"
+    """Seconds of speech transcribed."""
     TTS_AUDIO_SECONDS = "tts_audio_seconds"
+    """Seconds of speech made."""
     LLM_INPUT_TOKENS = "llm_input_tokens"
+    """Tokens a language model read, as its provider counts them."""
     LLM_OUTPUT_TOKENS = "llm_output_tokens"
+    """Tokens a language model wrote, as its provider counts them."""
     STORAGE_BYTES = "storage_bytes"
+    """Level: bytes of session history held."""
     CONCURRENT_SESSIONS_PEAK = "concurrent_sessions_peak"
+    """Level: sessions connected to one node at the same time."""
 
 
 GAUGES = (Metric.STORAGE_BYTES, Metric.CONCURRENT_SESSIONS_PEAK)
@@ -44,10 +53,13 @@ class UsageEvent(TenantOwned, Base):
     session_id: Mapped[uuid.UUID | None]
     project_id: Mapped[uuid.UUID | None]
     seq: Mapped[int | None] = mapped_column(BigInteger, server_default=text("nextval('usage_events_seq')"))
+    """Numbers the lines; those of before there were numbers have none."""
+
+    __table_args__ = (Index("usage_events_seq_idx", "seq", postgresql_using="brin"),)
 
 
 class UsageMinute(TenantOwned, Base):
-    """What `UsageEvent` rows of one minute add up to. A project id of zeros stands for none."""
+    """What `UsageEvent` rows of one minute add up to, or for a level its greatest. A project id of zeros is none."""
 
     __tablename__ = "usage_minutes"
 
@@ -56,6 +68,8 @@ class UsageMinute(TenantOwned, Base):
     project_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     quantity: Mapped[Decimal] = mapped_column(Numeric(24, 6))
     events: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (Index("usage_minutes_minute_idx", "minute", postgresql_using="brin"),)
 
 
 class UsageWindow(TenantOwned, Base):
@@ -86,7 +100,7 @@ class UsageWindow(TenantOwned, Base):
 
 
 class UsageMark(Base):
-    """Up to which ledger line the outbox has been filled."""
+    """Up to which ledger line the outbox has been filled; -1 before the first time."""
 
     __tablename__ = "usage_marks"
 

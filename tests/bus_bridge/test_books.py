@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from agentvoicebox.bus_bridge import books as module
 from agentvoicebox.bus_bridge.books import Books, SessionBooks
-from agentvoicebox.config.errors import NotFound, Unavailable
-from agentvoicebox.tenancy import sessions
-from agentvoicebox.tenancy.models import SessionStatus
+from agentvoicebox.config.errors import BadInput, NotFound, Unavailable
+from agentvoicebox.tenancy import metering, sessions
+from agentvoicebox.tenancy.metering import Ledger, Usage
+from agentvoicebox.tenancy.models import Metric, SessionStatus
 
 TENANT = uuid.uuid4()
 
@@ -25,6 +28,8 @@ class Store:
     def __init__(self) -> None:
         self.lines: dict[uuid.UUID, list[sessions.Event]] = {}
         self.ended: dict[uuid.UUID, SessionStatus] = {}
+        self.reasons: dict[uuid.UUID, str] = {}
+        self.audio: dict[uuid.UUID, list[float]] = {}
         self.writing = asyncio.Event()
         self.delay = 0.01
         self.failure: Callable[[uuid.UUID], Exception | None] = lambda session_id: None
@@ -33,9 +38,26 @@ class Store:
         await self._write(session_id)
         self.lines.setdefault(session_id, []).extend(events)
 
-    async def finish(self, database: object, tenant_id: object, session_id: uuid.UUID, status: SessionStatus) -> None:
+    async def finish(
+        self,
+        database: object,
+        tenant_id: object,
+        session_id: uuid.UUID,
+        status: SessionStatus,
+        *,
+        reason: str,
+        audio_seconds: float,
+    ) -> None:
         await self._write(session_id)
+        self.reasons[session_id] = reason
         self.ended[session_id] = status
+        self.audio.setdefault(session_id, []).append(audio_seconds)
+
+    async def add_usage(
+        self, database: object, tenant_id: object, session_id: uuid.UUID, *, audio_seconds: float
+    ) -> None:
+        await self._write(session_id)
+        self.audio.setdefault(session_id, []).append(audio_seconds)
 
     async def _write(self, session_id: uuid.UUID) -> None:
         self.writing.set()
@@ -49,11 +71,55 @@ class Store:
         return [line.content["text"] for line in lines]
 
 
+class Paper:
+    """Stands where the ledger stands: counts an id once, may be away, and may lose the answer."""
+
+    def __init__(self) -> None:
+        self.lines: dict[tuple[uuid.UUID, str], Usage] = {}
+        self.calls: list[int] = []
+        self.tries = 0
+        self.away = False
+        self.mute = False
+        self.hangs = False
+
+    async def record(self, usages: Sequence[Usage]) -> None:
+        self.tries += 1
+        await asyncio.sleep(3600 if self.hangs else 0)
+        if self.away:
+            raise Unavailable("away")
+        for usage in usages:
+            self.lines.setdefault((usage.tenant_id, usage.event_id), usage)
+        self.calls.append(len(usages))
+        if self.mute:
+            raise Unavailable("nobody knows whether that was counted")
+
+    def of(self, metric: Metric, tenant_id: uuid.UUID = TENANT) -> list[float]:
+        return [line.quantity for line in self.lines.values() if (line.metric, line.tenant_id) == (metric, tenant_id)]
+
+
+@pytest.fixture
+def paper() -> Paper:
+    return Paper()
+
+
+@pytest.fixture
+def metered(store: Store, paper: Paper, monkeypatch: pytest.MonkeyPatch) -> Books:
+    """Books with a ledger, and with short minutes."""
+    monkeypatch.setattr(module, "MINUTE", 0.05)
+    return Books(None, paper)  # type: ignore[arg-type]
+
+
+def admitted(tenant_id: uuid.UUID = TENANT) -> Any:
+    """What the door knows of whoever comes in."""
+    return SimpleNamespace(tenant_id=tenant_id, project_id=uuid.uuid4())
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store()
     monkeypatch.setattr(sessions, "record", store.record)
     monkeypatch.setattr(sessions, "finish", store.finish)
+    monkeypatch.setattr(sessions, "add_usage", store.add_usage)
     monkeypatch.setattr(module, "SOON", 0.01)
     monkeypatch.setattr(module, "PATIENCE", 0.5)
     return store
@@ -89,7 +155,8 @@ async def test_closing_in_the_middle_of_a_writing_loses_nothing(store: Store, bo
     await store.writing.wait()
     await books.close()
     assert [store.texts(name) for name in names] == [["one", "two"]] * 20
-    assert store.ended == dict.fromkeys(names, SessionStatus.COMPLETED)
+    # A node of other tests may be writing the ends of its own sessions.
+    assert {name: store.ended[name] for name in names} == dict.fromkeys(names, SessionStatus.COMPLETED)
     await asyncio.sleep(0)
     assert told == names
 
@@ -123,13 +190,14 @@ async def test_an_end_is_told_once_it_is_written_and_not_before_the_history_is(s
     store.failure = lambda _: Unavailable("away")
     told: list[SessionStatus | None] = []
     name = write(session := opened(books), "one")
-    books.end(TENANT, name, SessionStatus.TERMINATED, lambda: told.append(store.ended.get(name)))
+    books.end(TENANT, name, SessionStatus.TERMINATED, lambda: told.append(store.ended.get(name)), "session_idle")
     await asyncio.sleep(0.1)
-    assert (told, store.ended) == ([], {})
+    assert (told, store.ended.get(name)) == ([], None)
     write(session, "two")
     store.failure = lambda _: None
     await until(lambda: bool(told))
     assert told == [SessionStatus.TERMINATED]
+    assert store.reasons[name] == "session_idle"
     assert store.texts(name) == ["one", "two"]
 
 
@@ -190,3 +258,197 @@ async def test_a_character_that_the_store_refuses_is_replaced(stack: Any, custom
     await books.close()
     lines = await sessions.history(stack.database, customer.id, row.id)
     assert [line.content["text"] for line in lines] == ["good", "a\ufffdb", "\ufffd", "fine"]
+
+
+async def test_a_session_is_counted_once_and_its_time_as_it_passes(metered: Books, paper: Paper):
+    """Before it ends, part by part; in the end the parts are all of it."""
+    begin = time.monotonic()
+    session = metered.of(admitted(), uuid.uuid4())
+    inner = time.monotonic()
+    await until(lambda: len(paper.of(Metric.SESSION_SECONDS)) >= 3)
+    assert paper.of(Metric.SESSIONS) == [1]
+    outer = time.monotonic()
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    end = time.monotonic()
+    await metered.close()
+    assert paper.of(Metric.SESSIONS) == [1]
+    assert outer - inner <= sum(paper.of(Metric.SESSION_SECONDS)) <= end - begin
+    lines = [line for line in paper.lines.values() if line.metric is not Metric.CONCURRENT_SESSIONS_PEAK]
+    assert {(line.session_id, line.project_id) for line in lines} == {(session.session_id, session.project_id)}
+    assert {line.event_id for line in lines if line.metric is Metric.SESSIONS} == {f"{session.session_id}:begun"}
+
+
+async def test_time_goes_on_while_the_store_is_away(metered: Books, paper: Paper):
+    """Nothing is lost and nothing piles up: the seconds wait in the session, not in lines."""
+    paper.away = True
+    begun = [metered.of(admitted(), uuid.uuid4()) for _ in range(5)]
+    inner = time.monotonic()
+    await until(lambda: paper.tries >= 10 and time.monotonic() > inner + 4 * module.MINUTE)
+    assert len(metered._meter._owed) <= 2 * len(begun) + 1
+    gone = begun.pop()
+    metered.end(TENANT, gone.session_id, SessionStatus.COMPLETED)
+    paper.away = False
+    await until(lambda: len(paper.of(Metric.SESSIONS)) == 5)
+    outer = time.monotonic()
+    await metered.close()
+    assert paper.of(Metric.SESSIONS) == [1] * 5
+    for session in begun:
+        lines = [line for (_, name), line in paper.lines.items() if name.startswith(f"{session.session_id}:seconds:")]
+        assert sum(line.quantity for line in lines) >= outer - inner
+        assert len({line.event_id for line in lines}) == len(lines)
+
+
+async def test_an_answer_that_is_lost_counts_nothing_twice(metered: Books, paper: Paper):
+    paper.mute = True
+    begin = time.monotonic()
+    session = metered.of(admitted(), uuid.uuid4())
+    inner = time.monotonic()
+    await until(lambda: len(paper.calls) >= 5)
+    paper.mute = False
+    outer = time.monotonic()
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    await metered.close()
+    assert paper.of(Metric.SESSIONS) == [1]
+    assert outer - inner <= sum(paper.of(Metric.SESSION_SECONDS)) <= time.monotonic() - begin
+
+
+async def test_closing_records_also_sessions_that_nobody_ended(metered: Books, paper: Paper):
+    session = metered.of(admitted(), uuid.uuid4())
+    inner = time.monotonic()
+    await asyncio.sleep(0.02)
+    outer = time.monotonic()
+    await metered.close()
+    assert paper.of(Metric.SESSIONS) == [1]
+    assert sum(paper.of(Metric.SESSION_SECONDS)) >= outer - inner
+    assert paper.of(Metric.CONCURRENT_SESSIONS_PEAK) == [1]
+    before = dict(paper.lines)
+    metered.end(TENANT, session.session_id, SessionStatus.ERROR)  # too late
+    await asyncio.sleep(0.05)
+    assert paper.lines == before
+
+
+@pytest.mark.parametrize("how", ["away", "hangs"])
+async def test_closing_gives_up_on_a_ledger_that_is_away_or_hangs(
+    metered: Books, paper: Paper, how: str, caplog: pytest.LogCaptureFixture
+):
+    setattr(paper, how, True)
+    metered.of(admitted(), uuid.uuid4())
+    async with asyncio.timeout(4):
+        await metered.close()
+    assert "3 lines of usage of sessions are lost" in caplog.text
+
+
+async def test_how_many_at_once_is_the_greatest_of_each_minute(metered: Books, paper: Paper):
+    other = uuid.uuid4()
+    ids = [metered.of(admitted(), uuid.uuid4()).session_id for _ in range(3)]
+    metered.of(admitted(other), uuid.uuid4())
+    for name in ids[:2]:
+        metered.end(TENANT, name, SessionStatus.COMPLETED)
+    await until(lambda: len(paper.of(Metric.CONCURRENT_SESSIONS_PEAK)) >= 3)
+    assert paper.of(Metric.CONCURRENT_SESSIONS_PEAK)[:3] == [3, 1, 1]
+    assert set(paper.of(Metric.CONCURRENT_SESSIONS_PEAK, other)) == {1}
+    metered.end(TENANT, ids[2], SessionStatus.COMPLETED)
+    await until(lambda: TENANT not in metered._meter._crowds)
+    known = len(paper.of(Metric.CONCURRENT_SESSIONS_PEAK))
+    metered.of(admitted(), uuid.uuid4())
+    metered.of(admitted(), uuid.uuid4())
+    await metered.close()
+    assert paper.of(Metric.CONCURRENT_SESSIONS_PEAK)[known:] == [2], "the next crowd is another event"
+
+
+async def test_one_task_and_few_calls_for_a_thousand_sessions(metered: Books, paper: Paper):
+    before = len(asyncio.all_tasks())
+    for _ in range(1000):
+        metered.of(admitted(), uuid.uuid4())
+    assert len(asyncio.all_tasks()) == before + 1
+    await until(lambda: len(paper.of(Metric.SESSION_SECONDS)) >= 1000)
+    assert paper.calls[0] >= 1000, "that they began"
+    assert len(paper.calls) < 500, "what is due in the same moment goes together"
+    await metered.close()
+
+
+async def test_what_a_session_heard_and_said_is_in_its_record(metered: Books, store: Store, paper: Paper):
+    session = metered.of(admitted(), uuid.uuid4())
+    await session.meter("turn 1", 1.5, 2.0)
+    await session.meter("turn 2", 0.0, 0.25)
+    paper.away = True
+    with pytest.raises(Unavailable):
+        await session.meter("turn 3", 100.0, 100.0)
+    paper.away = False
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    await metered.close()
+    assert store.audio == {session.session_id: [3.75]}
+    assert (paper.of(Metric.STT_AUDIO_SECONDS), paper.of(Metric.TTS_AUDIO_SECONDS)) == ([1.5], [2.0, 0.25])
+
+
+async def test_the_record_is_told_of_audio_while_the_session_runs(metered: Books, store: Store):
+    """Each second of it once, also when the store was away, and when the session ends in the middle of a writing."""
+    session = metered.of(admitted(), uuid.uuid4())
+    store.failure = lambda _: Unavailable("away")
+    await session.meter("turn 1", 1.0, 0.0)
+    await store.writing.wait()
+    store.failure = lambda _: None
+    await until(lambda: bool(store.audio))
+    store.writing.clear()
+    await session.meter("turn 2", 2.0, 0.0)
+    await store.writing.wait()
+    await session.meter("turn 3", 4.0, 0.0)
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    await metered.close()
+    assert store.audio == {session.session_id: [1.0, 2.0, 4.0]}
+
+
+async def test_a_clock_set_to_nonsense_keeps_no_session_from_ending(
+    metered: Books, store: Store, paper: Paper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    session = metered.of(admitted(), uuid.uuid4())
+
+    def wrong(*_: object, **__: object) -> Usage:
+        raise BadInput("set the clock")
+
+    monkeypatch.setattr(module, "Usage", wrong)
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    await metered.close()
+    assert store.ended[session.session_id] == SessionStatus.COMPLETED
+    assert "set the clock" in caplog.text
+    assert paper.of(Metric.SESSIONS) == [1]
+
+
+async def test_a_ledger_that_fails_unexpectedly_is_logged_and_does_not_stop_the_rest(
+    metered: Books, paper: Paper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    record, failures = paper.record, [RuntimeError("secret")]
+
+    async def fail(usages: Sequence[Usage]) -> None:
+        if failures:
+            raise failures.pop()
+        await record(usages)
+
+    monkeypatch.setattr(paper, "record", fail)
+    metered.of(admitted(), uuid.uuid4())
+    await until(lambda: len(paper.of(Metric.SESSION_SECONDS)) >= 2)
+    await metered.close()
+    assert "1 lines of usage could not be recorded: RuntimeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_a_session_in_the_real_ledger(stack: Any, new_customer: Any):
+    customer = await new_customer()
+    row = await sessions.create(stack.database, customer.id)
+    await sessions.activate(stack.database, customer.id, row.id)
+    ledger = Ledger(stack.database)
+    books = Books(stack.database, ledger)
+    session = books.of(admitted(customer.id), row.id)
+    await session.meter("turn", 1.0, 0.5)
+    books.end(customer.id, row.id, SessionStatus.COMPLETED)
+    await books.close()
+    await ledger.close()
+    used = await metering.totals(stack.database, customer.id)
+    assert used.pop(Metric.SESSION_SECONDS) > 0
+    assert used == {
+        Metric.SESSIONS: 1.0,
+        Metric.CONCURRENT_SESSIONS_PEAK: 1.0,
+        Metric.STT_AUDIO_SECONDS: 1.0,
+        Metric.TTS_AUDIO_SECONDS: 0.5,
+    }
+    assert (await sessions.get(stack.database, customer.id, row.id)).audio_duration_seconds == 1.5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -13,13 +11,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from agentvoicebox.config.errors import BadInput
-from agentvoicebox.tenancy import metering, roles
-from agentvoicebox.tenancy.database import Address, Database
+from agentvoicebox.config.errors import BadInput, Unavailable
+from agentvoicebox.tenancy import metering, outbox, sessions, tenants, usage
+from agentvoicebox.tenancy.database import Database, prepare
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import Metric, Tenant
 
-NOON = datetime(2026, 11, 21, 12, 0, 30, tzinfo=UTC)
+NOON = datetime.now(UTC).replace(hour=12, minute=0, second=30, microsecond=0) - timedelta(days=1)
 PROJECT = uuid.uuid4()
 
 
@@ -96,6 +94,79 @@ async def test_the_same_id_counts_once(
     assert await count(admin, tenant) == 21
 
 
+async def test_of_two_things_with_one_id_the_first_stands(
+    database: Database, ledger: Ledger, tenant: Tenant, other: Tenant
+) -> None:
+    """In one group as in two; and the ids of one tenant are nobody else's."""
+    later = NOON + timedelta(minutes=3)
+    await ledger.record([turn(tenant, "z", 3), turn(tenant, "z", 5), turn(tenant, "a"), turn(other, "z", 7)])
+    await ledger.record([Usage("z", tenant.id, Metric.SESSIONS, 11, later), turn(tenant, "z", 13, later)])
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 4.0}
+    assert await metering.totals(database, other.id) == {Metric.API_CALLS: 7.0}
+
+
+async def test_of_a_level_the_greatest_counts(
+    database: Database, ledger: Ledger, tenant: Tenant, admin: psycopg.AsyncConnection
+) -> None:
+    """In one statement and in several, in a minute and over minutes, and also for a late one."""
+
+    def level(name: str, quantity: float, minutes: int = 0) -> Usage:
+        at = NOON + timedelta(minutes=minutes)
+        return Usage(name, tenant.id, Metric.CONCURRENT_SESSIONS_PEAK, quantity, at)
+
+    await ledger.record([level("a", 2), level("b", 9), level("c", 4)])
+    await ledger.record([level("d", 7), level("e", 1, minutes=1)])
+    await ledger.record([level("f", 12)])
+    await ledger.record([level("f", 12), level("g", 3, minutes=1)])
+    cursor = await admin.execute(
+        "SELECT quantity, events FROM usage_minutes WHERE tenant_id = %s ORDER BY minute", (tenant.id,)
+    )
+    assert await cursor.fetchall() == [(12, 5), (3, 2)]
+    assert await metering.totals(database, tenant.id) == {Metric.CONCURRENT_SESSIONS_PEAK: 12.0}
+
+
+async def test_session_and_project_are_evidence_and_need_not_exist(
+    database: Database, ledger: Ledger, tenant: Tenant, other: Tenant
+) -> None:
+    """A bad id must not refuse a group of many tenants: another tenant's session does not change whose usage it is."""
+    theirs = (await sessions.create(database, other.id)).id
+    await ledger.record([Usage("mine", tenant.id, Metric.SESSIONS, 1, NOON, theirs, uuid.uuid4())])
+    assert await metering.totals(database, tenant.id) == {Metric.SESSIONS: 1.0}
+    assert await metering.totals(database, other.id) == {}
+
+
+async def test_on_the_oldest_postgresql_as_on_the_newest(empty: Any) -> None:
+    """Ledger, sums, storage and outbox, as an operator's ordinary login too."""
+    await prepare(empty.address)
+    database = Database(empty.address)
+    ledger = Ledger(database)
+    tenant = await tenants.create(database, "acme", "Acme")
+    await ledger.record([turn(tenant, "a", 2), turn(tenant, "a", 3)])
+    await ledger.record([turn(tenant, "a", 5), turn(tenant, "b", 7)])
+    assert await usage.measure_storage(database, ledger, NOON) == 1
+    amounts = (await usage.summary(database, tenant.id)).amounts
+    assert amounts == usage.Amounts(requests=9, storage_bytes=0)
+    assert sum(day.amounts.requests for day in await usage.daily(database, tenant.id)) == 9
+    assert [heavy.requests for heavy in await usage.top(database)] == [9]
+    assert (await usage.this_month(database, tenant.id)).sessions_this_month.current == 0
+    assert await outbox.seal(database) == 2
+    windows = await outbox.claim(database)
+    assert sorted((window.metric, window.quantity, window.events) for window in windows) == [
+        (Metric.API_CALLS, 9, 2),
+        (Metric.STORAGE_BYTES, 0, 1),
+    ]
+    await outbox.failed(database, windows[:1], "no")
+    await outbox.sent(database, windows)
+    assert (await outbox.backlog(database)).count == 0
+    await ledger.close()
+    await database.close()
+
+
+async def test_a_group_larger_than_any_buffer(database: Database, ledger: Ledger, tenant: Tenant) -> None:
+    await ledger.record([turn(tenant, f"{i}".ljust(200, "x")) for i in range(20_000)])
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 20_000.0}
+
+
 async def test_calls_that_wait_share_a_commit(ledger: Ledger, tenant: Tenant, admin: psycopg.AsyncConnection) -> None:
     await asyncio.gather(*(ledger.record([turn(tenant, f"{i}"), turn(tenant, f"{i}b")]) for i in range(200)))
     cursor = await admin.execute(
@@ -159,6 +230,21 @@ async def test_a_lost_connection_is_made_again(
     assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 4.0}
 
 
+async def test_a_connection_that_is_lost_while_idle_is_left_alone(
+    database: Database, ledger: Ledger, tenant: Tenant, admin: psycopg.AsyncConnection
+) -> None:
+    """A socket at its end is readable for ever: who went on listening would do nothing else."""
+    await ledger.record([turn(tenant, "before")])
+    line = ledger._line
+    assert line is not None
+    await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'avb_ledger'")
+    async with asyncio.timeout(5):
+        while line._listening:
+            await asyncio.sleep(0.01)
+    await ledger.record([turn(tenant, "after")])
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 2.0}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -172,6 +258,9 @@ async def test_a_lost_connection_is_made_again(
         ("quantity", float("inf")),
         ("quantity", 1e10),
         ("at", datetime(2026, 1, 1)),
+        ("at", datetime(2019, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ("at", datetime.now(UTC) + timedelta(days=1, hours=1)),
+        ("at", datetime.max.replace(tzinfo=UTC)),
     ],
 )
 def test_usage_that_makes_no_sense(field: str, value: Any) -> None:
@@ -181,55 +270,48 @@ def test_usage_that_makes_no_sense(field: str, value: Any) -> None:
     assert caught.value.param == field
 
 
-WRITER = """
-import asyncio, json, sys, uuid
-from datetime import UTC, datetime
-from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.metering import Ledger, Usage
-from agentvoicebox.tenancy.models import Metric
-
-async def main(url, tenant, numbers):
-    ledger = Ledger(Database(lambda role: url))
-    async def turns(mine):
-        for number in mine:
-            at = datetime(2026, 11, 21, 12, number % 60, tzinfo=UTC)
-            await ledger.record([Usage(f"{number}.{kind}", tenant, kind, 0.25 * number, at) for kind in Metric])
-            print(number, flush=True)
-    await asyncio.gather(*(turns(numbers[lane::20]) for lane in range(20)))
-
-asyncio.run(main(sys.argv[1], uuid.UUID(sys.argv[2]), json.loads(sys.stdin.readline())))
-"""
+async def test_a_clock_that_goes_back_a_little_is_no_matter(database: Database, ledger: Ledger, tenant: Tenant) -> None:
+    now = datetime.now(UTC)
+    for number, seconds in enumerate((0, 90, -3600, 80_000, -86_400)):
+        await ledger.record([turn(tenant, f"{number}", at=now + timedelta(seconds=seconds))])
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 5.0}
 
 
-async def test_kill_9_of_the_writer_loses_and_doubles_nothing(
-    database: Database, address: Address, tenant: Tenant, admin: psycopg.AsyncConnection
+async def test_a_deadlock_is_tried_again(
+    database: Database, tenant: Tenant, ledger: Ledger, admin: psycopg.AsyncConnection
 ) -> None:
-    """Writers are killed in the middle; the next one writes again all that was not acknowledged."""
-    left = set(range(1500))
-    for round_ in range(5):
-        writer = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WRITER, address(roles.LEDGER), str(tenant.id)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert writer.stdin is not None
-        assert writer.stdout is not None
-        writer.stdin.write(json.dumps(sorted(left)).encode() + b"\n")
-        acknowledged: set[int] = set()
-        async for line in writer.stdout:
-            if line.endswith(b"\n"):
-                acknowledged.add(int(line))
-            if len(acknowledged) >= 100 and round_ < 4 and writer.returncode is None:
-                writer.kill()
-        await writer.wait()
-        left -= acknowledged
-        cursor = await admin.execute("SELECT event_id FROM usage_events WHERE tenant_id = %s", (tenant.id,))
-        written = {event_id for (event_id,) in await cursor.fetchall()}
-        assert {f"{number}.{kind}" for number in acknowledged for kind in Metric} <= written
-        assert {number.split(".")[0] for number in written} == {
-            n.split(".")[0] for n in written if n.endswith("api_calls")
-        }
-    assert left == set()
-    truth = 0.25 * sum(range(1500))
-    assert await metering.totals(database, tenant.id) == dict.fromkeys(Metric, truth)
-    assert await count(admin, tenant) == 1500 * len(Metric)
+    """Somebody holds the second minute and wants the first, which the group holds by then."""
+    first, second = turn(tenant, "a1"), turn(tenant, "b1", at=NOON + timedelta(minutes=1))
+    await ledger.record([first, second])
+    lock = "SELECT FROM usage_minutes WHERE tenant_id = %s AND minute = %s FOR UPDATE"
+    async with admin.transaction():
+        await admin.execute("SET LOCAL deadlock_timeout = '60s'")  # so that it is the ledger that gives way
+        await admin.execute(lock, (tenant.id, NOON.replace(second=0) + timedelta(minutes=1)))
+        group = asyncio.create_task(ledger.record([turn(tenant, "a2"), turn(tenant, "b2", at=second.at)]))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'avb_ledger' AND wait_event_type = 'Lock'"
+        while (await (await admin.execute(waiting)).fetchone()) == (0,):
+            await asyncio.sleep(0.01)
+        await admin.execute(lock, (tenant.id, NOON.replace(second=0)))
+        assert not group.done()
+    await group
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 4.0}
+
+
+async def test_closing_leaves_nobody_waiting(
+    database: Database, tenant: Tenant, admin: psycopg.AsyncConnection
+) -> None:
+    """Who waits for a store that hangs is told so, not left."""
+    ledger = Ledger(database)
+    await ledger.record([turn(tenant, "before")])
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE usage_minutes IN ACCESS EXCLUSIVE MODE")
+        waiting = [asyncio.create_task(ledger.record([turn(tenant, f"{i}")])) for i in range(3)]
+        await asyncio.sleep(0.1)
+        waiting += [asyncio.create_task(ledger.record([turn(tenant, "later")]))]
+        await asyncio.sleep(0)
+        assert ledger._writer is not None
+        ledger._writer.cancel()
+        assert [type(end) for end in await asyncio.gather(*waiting, return_exceptions=True)] == [Unavailable] * 4
+    await ledger.record([turn(tenant, f"{i}") for i in range(3)])
+    await ledger.close()
+    assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 4.0}
