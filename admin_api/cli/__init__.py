@@ -12,8 +12,10 @@ from agentvoicebox.config.errors import AvbError
 VERBS = {
     "up": "run everything embedded: store, cells, bridge and REST service",
     "demo": "two tenants each say a sentence and each hear their own answer",
-    "tenant": "make tenants",
-    "key": "make API keys of a tenant",
+    "tenant": "make, list, change, suspend, export and erase tenants",
+    "key": "make, list, rotate and revoke API keys of a tenant",
+    "audit": "check, anchor, export and archive the audit log",
+    "secrets": "give tenants' secrets a new master key",
     "say": "say or write something to a running node and hear the answer",
     "models": "which speech models are here, and fetching them",
     "doctor": "what is installed, reachable and missing, with the remedy",

@@ -61,14 +61,14 @@ class AuditEntry(TenantOwned, Base):
     prev: Mapped[bytes] = mapped_column(LargeBinary)
     hash: Mapped[bytes] = mapped_column(LargeBinary)
     words: Mapped[str] = mapped_column(
-        TSVECTOR,
-        Computed("to_tsvector('simple', description || ' ' || resource_type || ' ' || resource_id)", persisted=True),
+        TSVECTOR, Computed("audit_words(description, resource_type, resource_id)", persisted=True), deferred=True
     )
 
     __table_args__ = (
         one_of("action", Action),
         one_of("actor_type", ActorType),
         Index(None, "tenant_id", "at"),
+        Index(None, "id"),
         Index(None, "actor_id", "at"),
         Index(None, "resource_type", "resource_id"),
         Index(None, "words", postgresql_using="gin"),
@@ -86,11 +86,15 @@ class AuditHead(TenantOwned, Base):
 
 
 class AuditAnchor(TenantOwned, Base):
-    """Where a tenant's chain was cut when a month was archived: the last line that is not in the table any more."""
+    """A piece of a tenant's chain that was archived: lines `first` to `seq`, what they continued and how they end."""
 
     __tablename__ = "audit_anchors"
 
-    seq: Mapped[int] = mapped_column(BigInteger)
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    first: Mapped[int] = mapped_column(BigInteger)
+    prev: Mapped[bytes] = mapped_column(LargeBinary)
     hash: Mapped[bytes] = mapped_column(LargeBinary)
     month: Mapped[datetime]
+    digest: Mapped[bytes] = mapped_column(LargeBinary)
+    """SHA-256 of the file they are in."""
     archived_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -14,8 +14,8 @@ CREATE TABLE data_keys (
     tenant_id uuid NOT NULL REFERENCES tenants,
     version integer NOT NULL,
     master_id varchar(64) NOT NULL,
-    nonce bytea NOT NULL,
-    wrapped bytea NOT NULL,
+    nonce bytea NOT NULL CHECK (octet_length(nonce) = 12),
+    wrapped bytea NOT NULL CHECK (octet_length(wrapped) = 48),
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (tenant_id, version)
 );
@@ -25,8 +25,8 @@ CREATE TABLE secrets (
     name varchar(100) NOT NULL,
     version integer NOT NULL,
     data_key integer NOT NULL,
-    nonce bytea NOT NULL,
-    sealed bytea NOT NULL,
+    nonce bytea NOT NULL CHECK (octet_length(nonce) = 12),
+    sealed bytea NOT NULL CHECK (octet_length(sealed) BETWEEN 17 AND 65552),
     last4 varchar(4) NOT NULL DEFAULT '',
     set_by uuid,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -41,8 +41,11 @@ def upgrade() -> None:
     op.execute(TABLES)
     for table in ("data_keys", "secrets"):
         protect(table)
-    grant("data_keys", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT, UPDATE", avb_keeper="SELECT, DELETE")
-    grant("secrets", avb_app="SELECT, INSERT, UPDATE, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
+    grant("data_keys", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
+    grant("secrets", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
+    # An envelope may be renewed; what it belongs to stays.
+    op.execute("GRANT UPDATE (master_id, nonce, wrapped) ON data_keys TO avb_system")
+    op.execute("GRANT UPDATE (data_key, nonce, sealed, updated_at) ON secrets TO avb_app")
 
 
 def downgrade() -> None:
