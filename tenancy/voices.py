@@ -12,9 +12,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, NotFound
-from agentvoicebox.tenancy import models
+from agentvoicebox.tenancy import audit, models
 from agentvoicebox.tenancy.checks import shaped, words
 from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.models import Action
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-[A-Za-z0-9]{5,8})?")
@@ -59,11 +60,10 @@ class VoiceConfig:
 async def get(database: Database, tenant_id: uuid.UUID) -> VoiceConfig:
     """The tenant's choices. Raises `NotFound` for an unknown tenant."""
     async with database.tenant(tenant_id) as session:
-        row = (await session.execute(select(models.VoiceConfig))).scalar_one_or_none()
-    if row is None:
+        found = await _read(session)
+    if found is None:
         raise NotFound("There is no such tenant.", code="tenant_not_found")
-    chosen = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
-    return VoiceConfig(**{**chosen, "disabled_skills": tuple(row.disabled_skills)})
+    return found
 
 
 async def put(database: Database, tenant_id: uuid.UUID, config: VoiceConfig) -> None:
@@ -71,7 +71,19 @@ async def put(database: Database, tenant_id: uuid.UUID, config: VoiceConfig) -> 
     async with database.tenant(tenant_id) as session:
         if await session.get(models.Tenant, tenant_id) is None:
             raise NotFound("There is no such tenant.", code="tenant_not_found")
+        before = await _read(session)
         await store(session, tenant_id, config)
+        old, new = asdict(before) if before is not None else {}, asdict(config)
+        if changed := [name for name in new if old.get(name) != new[name]]:
+            await audit.append(
+                session,
+                Action.SETTINGS_CHANGE,
+                "voice_config",
+                tenant_id,
+                f"Changed {', '.join(changed)}",
+                old={name: old.get(name) for name in changed},
+                new={name: new[name] for name in changed},
+            )
 
 
 async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig) -> None:
@@ -81,3 +93,11 @@ async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig
     await session.execute(
         statement.on_conflict_do_update(index_elements=["tenant_id"], set_={**chosen, "updated_at": func.now()})
     )
+
+
+async def _read(session: AsyncSession) -> VoiceConfig | None:
+    row = (await session.execute(select(models.VoiceConfig))).scalar_one_or_none()
+    if row is None:
+        return None
+    chosen = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
+    return VoiceConfig(**{**chosen, "disabled_skills": tuple(row.disabled_skills)})

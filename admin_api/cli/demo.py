@@ -19,7 +19,7 @@ from agentvoicebox.config.errors import NotFound
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import keys, metering, tenants, voices
 from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.models import Metric, Tenant
+from agentvoicebox.tenancy.models import Metric, Tenant, Tier
 from agentvoicebox.tenancy.voices import VoiceConfig
 
 DATE_TIME = "ovos-skill-date-time.openvoiceos"
@@ -103,7 +103,7 @@ async def _admit(database: Database, part: Part) -> tuple[Tenant, keys.Issued]:
         tenant = await tenants.by_slug(database, part.slug)
         await voices.put(database, tenant.id, part.voice)
     except NotFound:
-        tenant = await tenants.create(database, part.slug, part.name, voice=part.voice)
+        tenant = await tenants.create(database, part.slug, part.name, Tier.PRO, voice=part.voice)
     return tenant, await keys.issue(database, tenant.id, "demo")
 
 

@@ -57,6 +57,8 @@ class Session(TenantOwned, Timestamped, Base):
     error_message: Mapped[str] = mapped_column(server_default="")
     client_ip: Mapped[IPv4Address | IPv6Address | None] = mapped_column(INET)
     user_agent: Mapped[str] = mapped_column(server_default="")
+    context: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    """What the conversation has come to, as its client sees it."""
 
     __table_args__ = (
         project_key(),
@@ -94,9 +96,11 @@ class SessionEvent(TenantOwned, Base):
 
 
 class SessionMonth(TenantOwned, Base):
-    """How many sessions a tenant has begun in a calendar month (UTC)."""
+    """How many sessions a tenant has begun in a calendar month (UTC); the number only grows."""
 
     __tablename__ = "session_months"
 
     month: Mapped[date] = mapped_column(primary_key=True)
     sessions: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (tenant_key(), CheckConstraint("sessions >= 1", name="sessions"))

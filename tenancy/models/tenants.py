@@ -81,6 +81,8 @@ class Tenant(Timestamped, Base):
     email: Mapped[str] = mapped_column(String(320), server_default="")
     timezone: Mapped[str] = mapped_column(String(50), server_default="UTC")
     suspension_reason: Mapped[str] = mapped_column(server_default="")
+    erased_at: Mapped[datetime | None]
+    """Since when its data are being erased; from then on it can't be brought back."""
 
     __table_args__ = (
         ForeignKeyConstraint(["parent_id"], ["tenants.id"]),
@@ -170,6 +172,7 @@ class TenantDomain(TenantOwned, Timestamped, Base):
         UniqueConstraint("tenant_id", "domain"),
         Index("tenant_domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
         Index("tenant_domains_primary_key", "tenant_id", unique=True, postgresql_where=text("is_primary")),
+        CheckConstraint("verified_at IS NOT NULL OR NOT is_primary", name="primary"),
     )
 
 
@@ -218,4 +221,11 @@ class Deployment(TenantOwned, Timestamped, Base):
         ),
         one_of("status", DeploymentStatus),
         Index(None, "tenant_id", "project_id", "created_at"),
+        Index(
+            "deployments_active_key",
+            "tenant_id",
+            "environment_id",
+            unique=True,
+            postgresql_where=text("status = 'active'"),
+        ),
     )

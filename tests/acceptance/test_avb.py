@@ -138,6 +138,57 @@ def test_wrong_input_gets_one_line_and_exit_code_2(
     assert complaint.lower() in line.lower()
 
 
+def test_the_life_of_a_tenant(installation: Installation, node: Any, tmp_path: Path):
+    """Made, looked at, suspended, let in again, closed, exported and erased, beside a running node."""
+    made = installation.json("tenant", "create", "--slug", "globex", "--name", "Globex", "--email", "it@globex.example")
+    key = installation.json("key", "create", "--tenant", "globex", "--name", "first")
+    listed = installation.json("tenant", "list", "--search", "globex")
+    assert [(each["slug"], each["api_keys"], each["projects"]) for each in listed["items"]] == [("globex", 1, 1)]
+    shown = installation.json("tenant", "show", "globex")
+    assert (shown["email"], shown["usage"]["api_keys"]) == ("it@globex.example", {"current": 1, "limit": 5})
+    assert "Globex" in installation.avb("tenant", "list").stdout
+    assert "1 of 5" in installation.avb("tenant", "show", "globex").stdout
+
+    def say(secret: str) -> subprocess.CompletedProcess[str]:
+        return installation.avb("say", "--url", node[1], "--key", secret, "--text", "who am i talking to")
+
+    def refusal(secret: str) -> str:
+        while (done := say(secret)).returncode == 0:
+            pass
+        assert done.returncode == 2
+        return done.stderr
+
+    assert say(key["key"]).returncode == 0
+    assert installation.json("tenant", "suspend", "globex", "--reason", "unpaid")["status"] == "suspended"
+    assert "suspended" in refusal(key["key"])
+    assert installation.avb("tenant", "suspend", "globex", "--reason", "again").returncode == 2
+    assert installation.json("tenant", "activate", "globex")["status"] == "active"
+    assert say(key["key"]).returncode == 0
+
+    new = installation.json("key", "rotate", key["id"], "--tenant", "globex", "--grace", "60")
+    assert new["key"] != key["key"]
+    assert [say(each["key"]).returncode for each in (key, new)] == [0, 0]
+    assert installation.json("key", "revoke", key["id"], "--tenant", "globex") == {"id": key["id"], "revoked": True}
+    assert "revoked" in refusal(key["key"])
+    assert say(new["key"]).returncode == 0
+    keys = installation.json("key", "list", "--tenant", "globex")["items"]
+    assert {each["id"]: each["revoked_at"] is not None for each in keys} == {key["id"]: True, new["id"]: False}
+    assert "revoked" in installation.avb("key", "list", "--tenant", "globex").stdout
+
+    assert installation.avb("tenant", "erase", "globex", "--yes").returncode == 2, "it is not deleted"
+    assert installation.json("tenant", "delete", "globex")["status"] == "deleted"
+    file = tmp_path / "globex.jsonl"
+    assert installation.avb("tenant", "export", "globex", "-o", str(file)).returncode == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {"tenants", "projects", "api_keys", "sessions", "session_events", "audit_log"} <= {r["table"] for r in rows}
+    assert key["key"] not in file.read_text()
+    assert installation.avb("tenant", "erase", "globex").returncode == 2, "it was not confirmed"
+    assert installation.json("tenant", "erase", "globex", "--yes")["erased"]["session_events"] > 0
+    assert installation.avb("tenant", "show", "globex").returncode == 2
+    assert installation.json("tenant", "show", f"erased-{made['id']}")["name"] == "Erased"
+
+
 def test_a_second_up_on_the_same_directory_and_a_taken_port(installation: Installation, node: Any, tmp_path: Path):
     done = installation.avb("up", "--port", "0")
     assert done.returncode == 2

@@ -6,11 +6,12 @@ import uuid
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from agentvoicebox.config.errors import BadInput, NotFound
 from agentvoicebox.tenancy import voices
 from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.models import Tenant
+from agentvoicebox.tenancy.models import AuditEntry, Tenant
 from agentvoicebox.tenancy.voices import VoiceConfig
 
 
@@ -33,6 +34,16 @@ async def test_what_is_put_is_got(database: Database, tenant: Tenant, other: Ten
     await voices.put(database, tenant.id, chosen)
     assert await voices.get(database, tenant.id) == chosen
     assert await voices.get(database, other.id) == VoiceConfig()
+
+
+async def test_a_change_is_written_down_and_no_change_is_not(database: Database, tenant: Tenant) -> None:
+    for _ in range(2):
+        await voices.put(database, tenant.id, VoiceConfig(language="de-DE", persona_name="Jürgen"))
+    async with database.tenant(tenant.id) as session:
+        lines = (await session.execute(select(AuditEntry).order_by(AuditEntry.seq))).scalars().all()[1:]
+    assert [(line.action, line.resource_type) for line in lines] == [("settings_change", "voice_config")]
+    assert lines[0].old_values == {"language": "en-US", "persona_name": "Assistant"}
+    assert lines[0].new_values == {"language": "de-DE", "persona_name": "Jürgen"}
 
 
 async def test_an_unknown_tenant(database: Database) -> None:

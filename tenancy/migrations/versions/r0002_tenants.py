@@ -15,7 +15,10 @@ ALTER TABLE tenants
     ADD COLUMN parent_id uuid REFERENCES tenants,
     ADD COLUMN email varchar(320) NOT NULL DEFAULT '',
     ADD COLUMN timezone varchar(50) NOT NULL DEFAULT 'UTC',
-    ADD COLUMN suspension_reason text NOT NULL DEFAULT '';
+    ADD COLUMN suspension_reason text NOT NULL DEFAULT '',
+    ADD COLUMN erased_at timestamptz;
+
+ALTER TABLE sessions ADD COLUMN context jsonb NOT NULL DEFAULT '{}';
 
 CREATE TABLE tenant_settings (
     tenant_id uuid PRIMARY KEY REFERENCES tenants,
@@ -46,7 +49,8 @@ CREATE TABLE tenant_domains (
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (tenant_id, id),
-    UNIQUE (tenant_id, domain)
+    UNIQUE (tenant_id, domain),
+    CONSTRAINT tenant_domains_primary_check CHECK (verified_at IS NOT NULL OR NOT is_primary)
 );
 -- Claims tell nobody anything: only one that is proven excludes others.
 CREATE UNIQUE INDEX tenant_domains_verified_key ON tenant_domains (domain) WHERE verified_at IS NOT NULL;
@@ -81,6 +85,7 @@ CREATE TABLE deployments (
     FOREIGN KEY (tenant_id, environment_id) REFERENCES environments ON DELETE CASCADE
 );
 CREATE INDEX ON deployments (tenant_id, project_id, created_at);
+CREATE UNIQUE INDEX deployments_active_key ON deployments (tenant_id, environment_id) WHERE status = 'active';
 """
 
 BEFORE = (
@@ -94,6 +99,7 @@ BEFORE = (
     "usage_minutes",
 )
 OWNED = ("tenant_settings", "tenant_domains", "environments", "deployments")
+NAMES = "name, slug, email, timezone, settings, suspension_reason, updated_at"
 ERASED = ("projects", "api_keys", "key_revocations", "sessions", "session_events", "voice_configs", *OWNED)
 
 
@@ -107,14 +113,15 @@ def upgrade() -> None:
     op.execute("GRANT UPDATE (name, email, timezone, updated_at) ON tenants TO avb_app")
     grant("tenant_settings", avb_app="SELECT, INSERT, UPDATE", avb_system="SELECT, INSERT, UPDATE")
     # Proving a claim is the system's: no tenant can say of itself that a name is its own.
-    op.execute("GRANT SELECT, DELETE, INSERT (tenant_id, id, domain, is_primary, token) ON tenant_domains TO avb_app")
+    op.execute("GRANT SELECT, DELETE, INSERT (tenant_id, id, domain, token) ON tenant_domains TO avb_app")
     op.execute("GRANT UPDATE (is_primary, updated_at) ON tenant_domains TO avb_app")
     grant("tenant_domains", avb_system="SELECT, UPDATE")
     for table in ("environments", "deployments"):
         grant(table, avb_app="SELECT, INSERT, UPDATE, DELETE", avb_system="SELECT")
     for table in ERASED:
         grant(table, avb_keeper="SELECT, DELETE")
-    grant("tenants", avb_keeper="SELECT, UPDATE")
+    # What names somebody, and no more: a tenant's status and limits are not the keeper's.
+    op.execute(f"GRANT SELECT, UPDATE ({NAMES}) ON tenants TO avb_keeper")
 
 
 def downgrade() -> None:
@@ -125,7 +132,8 @@ def downgrade() -> None:
         op.execute(f"REVOKE ALL ON {table} FROM avb_keeper")
     op.execute("REVOKE USAGE ON SCHEMA public FROM avb_keeper")
     op.execute("REVOKE UPDATE (name, email, timezone, updated_at) ON tenants FROM avb_app")
+    op.execute("ALTER TABLE sessions DROP COLUMN context")
     op.execute(
         "ALTER TABLE tenants DROP COLUMN parent_id, DROP COLUMN email, DROP COLUMN timezone, "
-        "DROP COLUMN suspension_reason"
+        "DROP COLUMN suspension_reason, DROP COLUMN erased_at"
     )
