@@ -17,6 +17,7 @@ from agentvoicebox.bus_bridge.session import ENGINE_SILENCE, Out, Session
 from agentvoicebox.bus_bridge.vad import STREAMS, VadStream
 from agentvoicebox.bus_bridge.wire import WireError
 from agentvoicebox.config.errors import AvbError
+from agentvoicebox.tenancy.limits import SOCKET_AUDIO, SOCKET_MESSAGES, Budget
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ LONG_AUDIO = 5.0
 
 SLICE = 2.0
 """Seconds of audio in one such slice."""
+
+NAP = 0.5
+"""Seconds after which a connection that rests looks whether it is to be closed."""
 
 NORMAL = 1000
 
@@ -87,12 +91,25 @@ class Connection:
         self._outbox = outbox
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
+        self._began = self._heard_at = self._loop.time()
+        self._messages = Budget(*SOCKET_MESSAGES)
+        self._audio = Budget(*SOCKET_AUDIO)
         self._inlet: audio.Inlet | None = None
         self._vad: VadStream | None = None
         self._work: dict[str, asyncio.Task[None]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         line.tell = self._note
         line.settle = self._settle
+
+    @property
+    def age(self) -> float:
+        """Seconds since the client came."""
+        return self._loop.time() - self._began
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the client sent something."""
+        return self._loop.time() - self._heard_at
 
     async def run(self) -> int:
         """Serve the client until it leaves, ends the session, or `close` is called."""
@@ -106,9 +123,12 @@ class Connection:
                 if message["type"] == "websocket.disconnect":
                     code = int(message.get("code") or NORMAL)
                     break
+                self._heard_at = self._loop.time()
                 frame = message.get("text")
                 await self._take(frame if frame is not None else message.get("bytes") or b"")
                 self._settle()
+                if rest := self._messages.spend(self._heard_at):
+                    await self._rest(rest)
         finally:
             self._hear_last()
             self._outbox.discard()
@@ -149,6 +169,8 @@ class Connection:
         for event in wanted:
             if isinstance(event, ev.AudioAppended):
                 await self._listen(event.pcm)
+                if rest := self._audio.spend(self._heard_at, len(event.pcm)):
+                    await self._rest(rest)
             elif isinstance(event, native.Pinged):
                 self._outbox.post([self._codec.pong()])  # type: ignore[attr-defined]
             elif isinstance(event, native.EndWanted):
@@ -159,6 +181,14 @@ class Connection:
                 self._outbox.post([self._codec.problem(problem_)])
             else:
                 self._note(event)
+
+    async def _rest(self, seconds: float) -> None:
+        """Read no more for a while from a client that sends too much, so that it has to wait too; nothing is lost."""
+        self._settle()
+        while seconds > 0 and not self._outbox.closing:
+            nap = min(seconds, NAP)
+            await asyncio.sleep(nap)
+            seconds -= nap
 
     def _foreign(self, event: ev.SettingsWanted) -> ev.Problem | None:
         """A language that the assistant here does not speak."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agentvoicebox.bus_bridge import gateway, native
+from agentvoicebox.bus_bridge import gateway, live, native
 from agentvoicebox.bus_bridge.realtime import requests
 from agentvoicebox.config.settings import Settings
 
@@ -54,6 +54,6 @@ def test_every_served_realtime_event_is_described():
     assert [tag for tag in served if f"`{tag}`" not in text] == []
 
 
-@pytest.mark.parametrize("code", [gateway.UNAUTHORISED, gateway.NO_SESSION, gateway.EXPIRED, gateway.IN_USE])
+@pytest.mark.parametrize("code", [live.UNAUTHORISED, live.SUSPENDED, gateway.NO_SESSION, live.EXPIRED, gateway.IN_USE])
 def test_every_close_code_is_described(code: int):
     assert f"| {code} |" in PROTOCOLS

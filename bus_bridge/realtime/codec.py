@@ -6,8 +6,8 @@ Order and required fields of the server events follow the published event types;
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge import wire
@@ -35,16 +35,36 @@ class _Reply:
         self.begun = False
 
 
+class RateState(NamedTuple):
+    """One limit that the client is under, as the protocol tells it."""
+
+    name: str
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
 class RealtimeCodec:
-    """One connection's codec. `new_id(kind)` gives fresh identifiers; `expires_at` is in seconds of the epoch."""
+    """One connection's codec. `new_id(kind)` gives fresh identifiers; `expires_at` is in seconds of the epoch.
 
-    __slots__ = ("_expires_at", "_heard", "_model", "_new_id", "_replies", "_session_id")
+    `rates` says which limits the client is under now, none where nothing is limited.
+    """
 
-    def __init__(self, session_id: str, model: str, expires_at: int, new_id: Callable[[str], str]) -> None:
+    __slots__ = ("_expires_at", "_heard", "_model", "_new_id", "_rates", "_replies", "_session_id")
+
+    def __init__(
+        self,
+        session_id: str,
+        model: str,
+        expires_at: int,
+        new_id: Callable[[str], str],
+        rates: Callable[[], Sequence[RateState]] = tuple,
+    ) -> None:
         self._session_id = session_id
         self._model = model
         self._expires_at = expires_at
         self._new_id = new_id
+        self._rates = rates
         self._replies: dict[str, _Reply] = {}
         self._heard = 0.0
 
@@ -130,7 +150,9 @@ class RealtimeCodec:
     def _reply_started(self, told: ev.ReplyStarted, settings: SessionSettings) -> list[str]:
         reply = self._replies[told.turn_id] = _Reply(told)
         response = self._response(told.turn_id, reply, settings, "in_progress", None, [], None)
-        return [self._frame("response.created", response=response)]
+        created = self._frame("response.created", response=response)
+        rates = [rate._asdict() for rate in self._rates()]
+        return [created, self._frame("rate_limits.updated", rate_limits=rates)] if rates else [created]
 
     def _begin(self, turn_id: str, reply: _Reply) -> list[str]:
         if reply.begun:

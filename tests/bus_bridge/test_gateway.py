@@ -301,7 +301,7 @@ async def test_a_key_that_is_revoked_while_the_session_is_prepared(
         return await real(*arguments)
 
     revoked: list[uuid.UUID] = []
-    stack.gateway.keyring.on_revoked(revoked.append)
+    stack.gateway.door.keyring.on_revoked(revoked.append)
     monkeypatch.setattr(voices, "get", slow)
     async with connect(socket_url(stack, PATHS[0]), additional_headers=customer.headers) as socket:
         types = [json.loads(frame)["type"] async for frame in until_closed(socket)]
@@ -368,7 +368,7 @@ async def test_a_client_that_does_not_read_is_let_go(stack: Any, new_customer: A
         await socket.send(json.dumps({"type": "response.create", "messages": [{"content": text}]}))
         socket.transport.pause_reading()
         async with asyncio.timeout(20):
-            while not any(c._outbox.waiting for found in stack.gateway._live.values() for c in found):
+            while not any(visit.connection._outbox.waiting for visit in stack.gateway.live):
                 await asyncio.sleep(0.05)
             await keys.revoke(stack.database, customer.id, customer.key_id)
             while stack.gateway.connections > before:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection, TurnStatus
-from agentvoicebox.bus_bridge.realtime.codec import RealtimeCodec
+from agentvoicebox.bus_bridge.realtime.codec import RateState, RealtimeCodec
 from agentvoicebox.bus_bridge.realtime.requests import MAX_AUDIO
 from agentvoicebox.bus_bridge.wire import WireError
 
@@ -281,3 +281,15 @@ def test_defaults_are_echoed_for_clients_that_look(codec: RealtimeCodec):
 )
 def test_other_news(codec: RealtimeCodec, told: ev.Told):
     assert len(read(codec.encode(told, SETTINGS))) == 1
+
+
+def test_a_reply_begins_with_what_may_still_be_asked() -> None:
+    left = iter((7, 6))
+    rates = lambda: [RateState("requests", 120, next(left), 0.5)]  # noqa: E731
+    codec = RealtimeCodec("5e551017", "gpt-realtime", 1_800_000_000, lambda kind: kind, rates)
+    for remaining in (7, 6):
+        frames = read(codec.encode(ev.ReplyStarted(f"resp_{remaining}", "item", None, True, None), SETTINGS))
+        assert [frame["type"] for frame in frames] == ["response.created", "rate_limits.updated"]
+        assert frames[1]["rate_limits"] == [
+            {"name": "requests", "limit": 120, "remaining": remaining, "reset_seconds": 0.5}
+        ]

@@ -1,0 +1,176 @@
+"""A node's open connections: closed when their credential dies, when nobody speaks for long, or on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.connection import Connection
+from agentvoicebox.bus_bridge.door import Credential, Door
+from agentvoicebox.config.errors import AvbError
+from agentvoicebox.tenancy.keyring import Grant
+
+log = logging.getLogger(__name__)
+
+LONGEST_SESSION = 24 * 3600
+"""Seconds after which a session is ended."""
+
+EVERY = 5.0
+"""Seconds between looks at who has been silent for too long."""
+
+UNAUTHORISED = 4001
+SUSPENDED = 4005
+EXPIRED = 4008
+"""Close codes of ours, beside those of RFC 6455."""
+
+_CODES = {"tenant_suspended": SUSPENDED, "tenant_not_found": SUSPENDED, "tenant_pending": SUSPENDED}
+
+
+@dataclass(slots=True, eq=False)
+class Visit:
+    """One open connection and the credential behind it."""
+
+    session_id: uuid.UUID
+    connection: Connection
+    credential: Credential
+    grant: Grant
+    timer: asyncio.TimerHandle | None = None
+    reason: str = ""
+    """Why we ended it, for the session's record."""
+
+    def end(self, code: int, reason: str, message: str) -> None:
+        """Close from our side, telling why."""
+        self.reason = self.reason or reason
+        self.connection.close(code, reason, ev.Problem(reason, message))
+
+
+class Live:
+    """All visits of this node."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._visits: dict[uuid.UUID, Visit] = {}
+        self._by_key: dict[uuid.UUID, set[Visit]] = {}
+        self._checks: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+        door.keyring.on_revoked(self._check_key)
+        door.keyring.on_changed(self._check_changed)
+        door.keyring.on_gap(self._check_everybody)
+
+    def __len__(self) -> int:
+        return len(self._visits)
+
+    def __iter__(self) -> Iterator[Visit]:
+        return iter(list(self._visits.values()))
+
+    @contextmanager
+    def visiting(self, visit: Visit) -> Iterator[None]:
+        """The connection is open until the block ends."""
+        self._visits[visit.session_id] = visit
+        self._by_key.setdefault(visit.grant.key_id, set()).add(visit)
+        self._arm(visit)
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._look_after(), name="live")
+        try:
+            yield
+        finally:
+            if visit.timer is not None:
+                visit.timer.cancel()
+            del self._visits[visit.session_id]
+            mine = self._by_key[visit.grant.key_id]
+            mine.discard(visit)
+            if not mine:
+                del self._by_key[visit.grant.key_id]
+
+    def terminate(self, session_id: uuid.UUID, reason: str) -> bool:
+        """End a session that is open on this node, as an administrator wants it; false when it is not here."""
+        visit = self._visits.get(session_id)
+        if visit is None:
+            return False
+        visit.end(EXPIRED, reason, "The session was ended by an administrator.")
+        return True
+
+    async def check(self, visit: Visit) -> None:
+        """Close the visit unless its credential is still good; else go by what that says now."""
+        try:
+            grant = await self._door.check_again(visit.credential)
+        except AvbError as error:
+            visit.end(_CODES.get(error.code, UNAUTHORISED), error.code, error.message)
+        else:
+            self._renew(visit, grant)
+
+    async def close(self) -> None:
+        """Stop looking after visits."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await asyncio.gather(*self._checks, return_exceptions=True)
+
+    # --- credentials that die or change -------------------------------------------------------------------------------
+
+    def _check_key(self, key_id: uuid.UUID) -> None:
+        if key_id in self._by_key:
+            self._spawn_check(list(self._by_key[key_id]))
+
+    def _check_changed(self, tenant_id: uuid.UUID, key_id: uuid.UUID | None) -> None:
+        if key_id is not None:
+            self._check_key(key_id)
+            return
+        for visits in list(self._by_key.values()):
+            mine = [visit for visit in visits if visit.grant.tenant_id == tenant_id]
+            if mine:
+                self._spawn_check(mine)
+
+    def _check_everybody(self) -> None:
+        """Something may have changed that nobody told us."""
+        for visits in list(self._by_key.values()):
+            self._spawn_check(list(visits))
+
+    def _spawn_check(self, visits: list[Visit]) -> None:
+        task = asyncio.create_task(self._check_all(visits))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _check_all(self, visits: list[Visit]) -> None:
+        for visit in visits:  # of one key: the first fills the cache for the others
+            await self.check(visit)
+
+    def _renew(self, visit: Visit, grant: Grant) -> None:
+        if grant.expires_at != visit.grant.expires_at:
+            visit.grant = grant
+            self._arm(visit)
+        visit.grant = grant
+
+    def _arm(self, visit: Visit) -> None:
+        """See to it that the session ends with its credential, or after a day."""
+        if visit.timer is not None:
+            visit.timer.cancel()
+        left = LONGEST_SESSION - visit.connection.age
+        code, reason, message = EXPIRED, "session_expired", "The session hit its maximum duration of 1440 minutes."
+        if visit.grant.expires_at is not None:
+            good = (visit.grant.expires_at - datetime.now(UTC)).total_seconds()
+            if good < left:
+                left, code, reason, message = good, UNAUTHORISED, "api_key_expired", "The API key has expired."
+        visit.timer = asyncio.get_running_loop().call_later(max(left, 0), visit.end, code, reason, message)
+
+    # --- visits in which nothing happens ------------------------------------------------------------------------------
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                self._end_idle()
+            except Exception:
+                log.exception("looking after open sessions failed; trying again")
+
+    def _end_idle(self) -> None:
+        for visit in self:
+            if visit.connection.idle > visit.grant.session_timeout:
+                minutes = visit.grant.session_timeout / 60
+                visit.end(EXPIRED, "session_idle", f"Nothing was said for {minutes:.0f} minutes.")

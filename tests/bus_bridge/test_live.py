@@ -1,0 +1,197 @@
+"""What becomes of open connections, and of those who come, when the tenant, its settings or its keys change."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from websockets.exceptions import InvalidStatus
+
+from agentvoicebox.bus_bridge import connection, live
+from agentvoicebox.tenancy import keys, limits, sessions, settings, tenants
+from agentvoicebox.tenancy.models import SessionStatus, Tier
+
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(10):
+        while not await true():
+            await asyncio.sleep(0.05)
+
+
+async def test_suspension_closes_sessions_and_refuses_keys_and_reactivation_restores(
+    stack: Any, sockets: Any, new_customer: Any
+):
+    customer = await new_customer()
+    async with sockets.native(customer) as one, sockets.realtime(customer) as two:
+        await tenants.suspend(stack.database, customer.id, "unpaid")
+        assert await sockets.closed(one) == (live.SUSPENDED, "tenant_suspended")
+        assert await sockets.closed(two) == (live.SUSPENDED, "tenant_suspended")
+    for path in sockets.paths:
+        assert (await sockets.refused(path, customer))[:2] == (403, "tenant_suspended")
+    await tenants.activate(stack.database, customer.id)
+    async with sockets.native(customer):
+        pass
+
+
+async def test_deletion_closes_sessions_too(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        await tenants.delete(stack.database, customer.id)
+        assert (await sockets.closed(socket))[0] == live.SUSPENDED
+    assert (await sockets.refused(sockets.paths[0], customer))[0] == 404
+
+
+async def test_a_rotated_key_lets_its_sessions_live_through_the_grace_and_no_longer(
+    stack: Any, sockets: Any, new_customer: Any
+):
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        await keys.rotate(stack.database, customer.id, customer.key_id, grace=1.0)
+        await socket.send(json.dumps({"type": "ping"}))
+        assert (await sockets.read(socket))["type"] == "pong"
+        assert await sockets.closed(socket) == (live.UNAUTHORISED, "api_key_expired")
+
+
+async def test_a_key_that_loses_the_scope_loses_its_sessions(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        await keys.update(stack.database, customer.id, customer.key_id, scopes=("usage",))
+        assert await sockets.closed(socket) == (live.UNAUTHORISED, "insufficient_scope")
+
+
+async def test_address_ranges_bite_at_the_door_and_on_open_sessions(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        await settings.patch(stack.database, customer.id, {"allowed_ip_ranges": ["127.0.0.0/8"]})
+        await asyncio.sleep(0.6)
+        await socket.send(json.dumps({"type": "ping"}))
+        assert (await sockets.read(socket))["type"] == "pong", "an address in range goes on"
+        await settings.patch(stack.database, customer.id, {"allowed_ip_ranges": ["10.0.0.0/8", "2001:db8::/32"]})
+        assert await sockets.closed(socket) == (live.UNAUTHORISED, "ip_not_allowed")
+    for path in sockets.paths:
+        assert (await sockets.refused(path, customer))[:2] == (403, "ip_not_allowed")
+
+
+async def test_a_voice_that_is_switched_off_opens_nothing(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    await settings.patch(stack.database, customer.id, {"default_voice_provider": "disabled"})
+
+    async def is_refused() -> bool:
+        try:
+            async with sockets.connect(sockets.paths[0], customer):
+                return False
+        except InvalidStatus as error:
+            return error.response.status_code == 403
+
+    await until(is_refused)
+
+
+async def test_a_silent_session_ends_after_the_tenants_time(
+    stack: Any, sockets: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    customer = await new_customer()
+    monkeypatch.setattr(live, "EVERY", 0.05)
+    async with sockets.native(customer) as socket, sockets.native(customer) as other:
+        visits = [visit for visit in stack.gateway.live if visit.grant.tenant_id == customer.id]
+        assert {visit.grant.session_timeout for visit in visits} == {3600.0}
+        silent = min(visits, key=lambda visit: visit.connection._began)
+        silent.connection._heard_at -= 3601
+        assert await sockets.closed(socket) == (live.EXPIRED, "session_idle")
+        await other.send(json.dumps({"type": "ping"}))
+        assert (await sockets.read(other))["type"] == "pong"
+
+
+async def test_no_more_sessions_at_once_than_the_plan_has(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer(tier=Tier.FREE)
+    most = limits.SESSIONS[Tier.FREE]
+    assert most == 2
+    made = await sockets.create(customer)
+    async with sockets.realtime(customer), sockets.realtime(customer):
+        assert (await sockets.refused(sockets.paths[0], customer))[:2] == (403, "tenant_limit_exceeded")
+        path = f"/ws/v2/sessions/{made['session_id']}"
+        assert (await sockets.refused(path, customer))[:2] == (403, "tenant_limit_exceeded")
+
+    async def opens() -> bool:
+        try:
+            async with sockets.connect(path, customer):
+                return True
+        except InvalidStatus:
+            return False
+
+    await until(opens)
+
+
+async def test_an_administrator_ends_a_session(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        [visit] = [visit for visit in stack.gateway.live if visit.grant.tenant_id == customer.id]
+        assert stack.gateway.live.terminate(visit.session_id, "terminated_by_admin")
+        assert await sockets.closed(socket) == (live.EXPIRED, "terminated_by_admin")
+
+    async def is_recorded() -> bool:
+        row = await sessions.get(stack.database, customer.id, visit.session_id)
+        return (row.status, row.termination_reason) == (SessionStatus.TERMINATED, "terminated_by_admin")
+
+    await until(is_recorded)
+    assert not stack.gateway.live.terminate(visit.session_id, "again")
+
+
+async def test_an_expiry_that_is_brought_forward_counts_on_open_sessions(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer(expires_at=datetime.now(UTC) + timedelta(hours=1))
+    async with sockets.native(customer) as socket:
+        await keys.rotate(stack.database, customer.id, customer.key_id, grace=0)
+        assert (await sockets.closed(socket))[0] == live.UNAUTHORISED
+
+
+async def test_who_sends_too_much_is_read_more_slowly_and_loses_nothing(
+    stack: Any, sockets: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connection, "SOCKET_MESSAGES", (50.0, 10.0))
+    rests: list[float] = []
+    rest = connection.Connection._rest
+
+    async def noted(self: connection.Connection, seconds: float) -> None:
+        rests.append(seconds)
+        await rest(self, seconds)
+
+    monkeypatch.setattr(connection.Connection, "_rest", noted)
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        for _ in range(25):
+            await socket.send(json.dumps({"type": "ping"}))
+        for _ in range(25):
+            assert (await sockets.read(socket))["type"] == "pong"
+    assert len(rests) >= 5
+    assert max(rests) < 1
+
+
+async def test_a_connection_that_rests_is_closed_all_the_same(
+    stack: Any, sockets: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(connection, "SOCKET_MESSAGES", (0.001, 1.0))
+    customer = await new_customer()
+    async with sockets.native(customer) as socket:
+        for _ in range(3):
+            await socket.send(json.dumps({"type": "ping"}))
+        await sockets.read(socket)
+        await keys.revoke(stack.database, customer.id, customer.key_id)
+        assert await sockets.closed(socket) == (live.UNAUTHORISED, "api_key_revoked")
+
+
+async def test_a_realtime_client_is_told_what_its_key_may_still_ask_for(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer(rate_class="standard")
+    content = [{"type": "input_text", "text": "hello world"}]
+    item = {"type": "message", "role": "user", "content": content}
+    async with sockets.realtime(customer) as socket:
+        await socket.send(json.dumps({"type": "conversation.item.create", "item": item}))
+        await socket.send(json.dumps({"type": "response.create", "response": {"output_modalities": ["text"]}}))
+        told = []
+        while not told or told[-1]["type"] != "response.done":
+            told.append(await sockets.read(socket))
+        [rates] = [event["rate_limits"] for event in told if event["type"] == "rate_limits.updated"]
+    assert [(rate["name"], rate["limit"]) for rate in rates] == [("requests", 120)]
+    assert 110 <= rates[0]["remaining"] < 120
