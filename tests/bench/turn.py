@@ -33,6 +33,9 @@ TURNS = 300
 SPOKEN = 30
 BUSY = 8
 SESSIONS = 1000
+TENANTS = 3
+"""Among whom the sessions are shared: a plan has at most 500 at once."""
+LARGEST = ("--tier", "enterprise")
 QUESTION = "what time is it"
 SENTENCES = ("what time is it", "what day is it", "who am i talking to", "what is your name", "hello world")
 
@@ -78,6 +81,7 @@ class Node:
         }
         self.process: subprocess.Popen[str] | None = None
         self.url = self.key = ""
+        self.keys: list[str] = []
 
     def avb(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "agentvoicebox.admin_api.cli", *arguments]
@@ -93,8 +97,11 @@ class Node:
         self.url = line.split()[1]
 
     def admit(self) -> None:
-        self._json("tenant", "create", "--slug", "bench", "--name", "Bench", "--voice", "slt")
-        self.key = self._json("key", "create", "--tenant", "bench", "--name", "bench")["key"]
+        for n in range(TENANTS):
+            self._json("tenant", "create", "--slug", f"bench-{n}", "--name", "Bench", "--voice", "slt", *LARGEST)
+            made = self._json("key", "create", "--tenant", f"bench-{n}", "--name", "bench", "--rate-class", "unlimited")
+            self.keys.append(made["key"])
+        self.key = self.keys[0]
 
     def _json(self, *arguments: str) -> dict[str, Any]:
         done = subprocess.run(

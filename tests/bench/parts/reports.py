@@ -1,4 +1,4 @@
-"""The parts of `./run bench tenancy`, one module each, and what they share."""
+"""What the parts of `./run bench tenancy` share: a store of their own, and lines of result."""
 
 from __future__ import annotations
 
