@@ -1,66 +1,139 @@
-"""The REST application: its routes, and the one place where errors become HTTP."""
+"""The REST application: its resources, its parts, and how errors in a route become HTTP."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
+from sqlalchemy import text
 from starlette.exceptions import HTTPException
 
-from agentvoicebox.admin_api import health, sessions
+from agentvoicebox.admin_api import (
+    admin_tenants,
+    audit,
+    auth,
+    documents,
+    domains,
+    errors,
+    health,
+    keys,
+    openapi,
+    projects,
+    sessions,
+    settings,
+    tenants,
+    usage,
+    visits,
+)
+from agentvoicebox.admin_api.door import Door
 from agentvoicebox.config.errors import AvbError
 from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.keys import Keyring
+from agentvoicebox.tenancy.domains import Resolver
+from agentvoicebox.tenancy.keyring import Keyring
+from agentvoicebox.tenancy.limits import Limiter
+from agentvoicebox.tenancy.metering import Ledger
 
-log = logging.getLogger(__name__)
-
-ROUTERS = (health.router, sessions.router)
-"""Every resource of the service."""
+ROUTERS = (
+    health.router,
+    documents.router,
+    # Paths with /me come before those that name a tenant by its id.
+    domains.router,
+    settings.router,
+    tenants.router,
+    admin_tenants.router,
+    keys.router,
+    projects.router,
+    sessions.router,
+    usage.router,
+    audit.router,
+)
+"""Every resource of the service, one file each. A new one is a module with a `router`, whose routes say who may use
+them (`auth`), and a line here."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large", 415: "unsupported_media_type"}
+_MESSAGES = {404: "There is nothing at this address.", 405: "This address does not know that method; see Allow."}
 
 
-def create(database: Database, keyring: Keyring) -> FastAPI:
-    """The application over a store."""
-    app = FastAPI(title="AgentVoiceBox", version="2", docs_url=None, redoc_url=None, openapi_url="/api/v2/openapi.json")
+def create(
+    database: Database,
+    keyring: Keyring,
+    limiter: Limiter,
+    ledger: Ledger,
+    *,
+    operator: str = "",
+    base: str = "",
+    checks: Mapping[str, health.Check] | None = None,
+    resolver: Resolver | None = None,
+) -> FastAPI:
+    """The application over its parts, to be served by a `Node`.
+
+    `operator` is the operator's key, empty for none. `base` is the domain whose subdomains are slugs of tenants.
+    `checks` are what the node needs beside the store, for `/health/ready`. Raises `AssertionError` when a route does
+    not say who may use it.
+    """
+    app = FastAPI(
+        title="AgentVoiceBox API",
+        version="2.0.0",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+
+    async def ask_store() -> None:
+        async with database.system() as session:
+            await session.execute(text("SELECT 1"))
+
     app.state.database = database
     app.state.keyring = keyring
+    app.state.base = base
+    app.state.hosts = {}
+    app.state.checks = {"db": ask_store, **(checks or {})}
+    app.state.resolver = resolver or domains.NoResolver()
+    app.state.gateway = None
     for router in ROUTERS:
-        app.include_router(router)
+        # As they are: `include_router` would match every request against every router first, and then once more.
+        app.router.routes.extend(router.routes)
+    for route in openapi.routes(app):
+        auth.admission(route)
     app.add_exception_handler(AvbError, _known)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(Door, keyring=keyring, limiter=limiter, ledger=ledger, operator=operator, database=database)
+    app.state.document = openapi.document(app)
     return app
 
 
-def _answer(status: int, code: str, message: str, details: dict[str, Any] | None = None) -> JSONResponse:
-    body: dict[str, Any] = {"error": code, "message": message}
-    if details:
-        body["details"] = details
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse(body, status, headers)
-
-
-async def _known(request: Request, error: Exception) -> JSONResponse:
+async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, AvbError)
-    return _answer(error.status, error.code, error.message, {error.param: error.message} if error.param else None)
+    visits.of(request.scope).refusal = error.code
+    return _response(errors.known(error))
 
 
-async def _http(request: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _answer(error.status_code, _CODES.get(error.status_code, "http_error"), str(error.detail))
+    code = _CODES.get(error.status_code, "http_error")
+    visits.of(request.scope).refusal = code
+    answer = errors.answer(error.status_code, code, _MESSAGES.get(error.status_code, str(error.detail)))
+    if error.status_code == 405:
+        allowed = openapi.allowed(request.app, request.scope)
+        answer.headers.append((b"allow", ", ".join(allowed).encode()))
+    return _response(answer)
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    details = {".".join(str(part) for part in item["loc"]): item["msg"] for item in error.errors()}
-    return _answer(400, "validation_error", "The request is not valid.", details)
+    details: dict[str, Any] = {}
+    for item in error.errors():
+        details[".".join(str(part) for part in item["loc"][1:]) or str(item["loc"][0])] = item["msg"]
+    visits.of(request.scope).refusal = "validation_error"
+    return _response(errors.answer(400, "validation_error", "The request is not valid.", details))
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    log.error("unexpected_exception %s %s", request.method, request.url.path, exc_info=error)
-    return _answer(500, "internal_error", "Something went wrong on our side.")
+def _response(answer: errors.Answer) -> Response:
+    response = Response(answer.body, answer.status)
+    response.raw_headers = answer.headers
+    return response

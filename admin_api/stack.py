@@ -15,11 +15,15 @@ from typing import IO
 import uvicorn
 
 from agentvoicebox.admin_api import app
+from agentvoicebox.admin_api.health import Check
+from agentvoicebox.admin_api.housekeeping import Housekeeping, Task
+from agentvoicebox.admin_api.http import BoundedProtocol
 from agentvoicebox.admin_api.node import Node
 from agentvoicebox.bus_bridge import cells, vad
 from agentvoicebox.bus_bridge.books import Books
 from agentvoicebox.bus_bridge.bus import Bus
 from agentvoicebox.bus_bridge.cells import Cell
+from agentvoicebox.bus_bridge.door import Door
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.gateway import Cells, Gateway
 from agentvoicebox.bus_bridge.websocket import BatchingProtocol
@@ -28,16 +32,21 @@ from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailabl
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins import models
 from agentvoicebox.plugins.pool import Pool
+from agentvoicebox.tenancy import audit, keys, outbox, sessions, state, usage
 from agentvoicebox.tenancy import database as stores
-from agentvoicebox.tenancy import sessions
+from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.embedded import Postgres
-from agentvoicebox.tenancy.keys import Keyring
+from agentvoicebox.tenancy.keyring import Keyring
+from agentvoicebox.tenancy.limits import Limiter, Reconciler
 from agentvoicebox.tenancy.metering import Ledger
+from agentvoicebox.tenancy.state import SharedState
 
 log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
+
+MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
 
 AGAIN = 1.0
 """Seconds before something that failed is tried again."""
@@ -48,6 +57,7 @@ class Stack:
 
     database: Database
     gateway: Gateway
+    limiter: Limiter
     engines: Engines
     postgres: Postgres | None = None
 
@@ -149,15 +159,25 @@ class Stack:
         await asyncio.to_thread(vad.warm, settings.vad)
 
     async def _serve(self, buses: Cells) -> None:
-        keyring = Keyring(self.database)
+        feed = Feed(self.database)
+        await feed.start()
+        self._exit.push_async_callback(feed.close)
+        keyring = Keyring(self.database, feed)
         await keyring.start()
         self._exit.push_async_callback(keyring.close)
+        shared, limiter = await self._share()
+        self.limiter = limiter
         ledger = Ledger(self.database)
         self._exit.push_async_callback(ledger.close)
         books = Books(self.database, ledger)
         self._exit.push_async_callback(books.close)
-        self.gateway = Gateway(self.settings, self.database, keyring, buses, self.engines, books)
-        server = _Server(configured(self.settings, Node(self.gateway, app.create(self.database, keyring))))
+        door = Door(self.settings, keyring, limiter)
+        self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, books)
+        operator, _ = keys.operator_key(self.settings.data)
+        rest = app.create(self.database, keyring, limiter, ledger, operator=operator, checks={"state": _asked(shared)})
+        rest.state.gateway = self.gateway.live
+        self._keep_house(ledger)
+        server = _Server(configured(self.settings, Node(self.gateway, rest)))
         assert self._socket is not None
         self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         self._exit.push_async_callback(self._close_door, server)
@@ -167,11 +187,43 @@ class Stack:
                 raise Unavailable("The server ended while it was starting.", code="server_failed")
             await asyncio.sleep(0.005)
 
+    async def _share(self) -> tuple[SharedState, Limiter]:
+        """What this node shares with others, if there are any."""
+        shared = state.connect(self.settings.redis, f"{socket.gethostname()}-{os.getpid()}")
+        await shared.start()
+        self._exit.push_async_callback(shared.close)
+        limiter = Limiter()
+        reconciler = Reconciler(limiter, shared)
+        await reconciler.start()
+        self._exit.push_async_callback(reconciler.close)
+        return shared, limiter
+
+    def _keep_house(self, ledger: Ledger) -> None:
+        tasks = [
+            Task("audit months", DAY, lambda: audit.months(self.database)),
+            Task("expired sessions", HOUR, lambda: sessions.expire(self.database)),
+            Task("usage outbox", 5 * MINUTE, lambda: outbox.seal(self.database)),
+            Task("storage", DAY, lambda: usage.measure_storage(self.database, ledger)),
+        ]
+        if self.postgres is not None:  # else it is the operator who says where the archive is: `avb audit archive`
+            archive = self.settings.data / "audit"
+            tasks.append(Task("audit archive", DAY, lambda: audit.archive(self.database, archive)))
+        housekeeping = Housekeeping(*tasks)
+        housekeeping.start()
+        self._exit.push_async_callback(housekeeping.close)
+
     async def _close_door(self, server: uvicorn.Server) -> None:
         await self.gateway.close()
         server.should_exit = True
         if self._serving is not None:
             await asyncio.gather(self._serving, return_exceptions=True)
+
+
+def _asked(shared: SharedState) -> Check:
+    async def check() -> str:
+        return "degraded" if shared.degraded else "ok"  # the node serves on, by what it knows itself
+
+    return check
 
 
 async def keep(cell: Cell, bus: Bus) -> None:
@@ -214,6 +266,7 @@ def configured(settings: Settings, node: Node) -> uvicorn.Config:
     """How `node` is served."""
     return uvicorn.Config(
         node,
+        http=BoundedProtocol,
         ws=BatchingProtocol,
         ws_max_size=MAX_FRAME,
         ws_per_message_deflate=False,  # 200 KB a connection, for audio that does not compress

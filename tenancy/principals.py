@@ -48,7 +48,9 @@ SCOPE_PERMISSIONS: Mapping[str, frozenset[str]] = {
     # To speak: a client needs to see how the assistant is set up, and nothing of what others have said.
     Scope.REALTIME: frozenset({"tenant.create_session", "voice_config.view", "persona.view", "persona.use"}),
     # What an operator may do with sessions. Taking transcripts out in bulk (session.export) is not among it.
-    Scope.SESSIONS: frozenset({"session.view", "session.view_transcript", "session.terminate", "tenant.view"}),
+    Scope.SESSIONS: frozenset(
+        {"tenant.create_session", "session.view", "session.view_transcript", "session.terminate", "tenant.view"}
+    ),
     Scope.USAGE: frozenset({"tenant.view_usage", "tenant.view"}),
     Scope.BILLING: frozenset({"tenant.billing_access", "tenant.manage_billing"}),
     Scope.ADMIN: ROLE_PERMISSIONS[Role.ADMIN],

@@ -12,7 +12,7 @@ import wave
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from websockets.asyncio.client import connect
@@ -22,20 +22,26 @@ _home = tempfile.TemporaryDirectory(prefix="agentvoicebox-tests-")
 for _name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_DIRS"):
     os.environ[_name] = _home.name
 
-from agentvoicebox.admin_api.stack import Stack  # noqa: E402
-from agentvoicebox.config import settings  # noqa: E402
-from agentvoicebox.tenancy import keys, tenants  # noqa: E402
-from agentvoicebox.tenancy.voices import VoiceConfig  # noqa: E402
+if TYPE_CHECKING:
+    from agentvoicebox.admin_api.stack import Stack
 
 
 @pytest.fixture(scope="session")
 async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
-    """The installation, on a free port, with the offline engines."""
+    """The installation, on a free port, with the offline engines. It bears with all the bad keys of the tests."""
+    from agentvoicebox.admin_api.stack import Stack
+    from agentvoicebox.config import settings
+    from agentvoicebox.tenancy import limits
+    from agentvoicebox.tenancy.limits import limiter
+
     data = tmp_path_factory.mktemp("stack")
+    patience = pytest.MonkeyPatch()
+    patience.setattr(limiter, "FAILURES", limits.Rate(1_000_000, 60_000_000))
     running = Stack(settings.load({"data": data, "port": 0, "engine": "offline"}, environ={"HOME": str(data)}))
     await running.start()
     yield running
     await running.stop()
+    patience.undo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +65,21 @@ NewCustomer = Callable[..., Awaitable[Customer]]
 
 @pytest.fixture(scope="session")
 def new_customer(stack: Stack) -> NewCustomer:
-    """Makes tenants; keyword arguments are those of `VoiceConfig`, `scopes` and `expires_at`."""
+    """Makes tenants with one key; further keyword arguments are those of `VoiceConfig`."""
+    from agentvoicebox.tenancy import keys, tenants
+    from agentvoicebox.tenancy.voices import VoiceConfig
 
-    async def make(*, scopes: tuple[str, ...] = ("realtime",), expires_at: object = None, **voice: object) -> Customer:
+    async def make(
+        *,
+        scopes: tuple[str, ...] = ("realtime",),
+        expires_at: object = None,
+        tier: str = "enterprise",
+        rate_class: str = "unlimited",
+        **voice: object,
+    ) -> Customer:
         slug = f"t-{uuid.uuid4().hex[:12]}"
-        tenant = await tenants.create(stack.database, slug, f"Tenant {slug}", "enterprise", voice=VoiceConfig(**voice))
-        issued = await keys.issue(stack.database, tenant.id, "test", scopes, expires_at)
+        tenant = await tenants.create(stack.database, slug, f"Tenant {slug}", tier, voice=VoiceConfig(**voice))
+        issued = await keys.issue(stack.database, tenant.id, "test", scopes, expires_at, rate_class=rate_class)
         return Customer(tenant.id, slug, tenant.name, issued.key, issued.id)
 
     return make

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agentvoicebox.admin_api.app import ROUTERS
 from agentvoicebox.bus_bridge import gateway, live, native
 from agentvoicebox.bus_bridge.realtime import requests
 from agentvoicebox.config.settings import Settings
@@ -57,3 +58,10 @@ def test_every_served_realtime_event_is_described():
 @pytest.mark.parametrize("code", [live.UNAUTHORISED, live.SUSPENDED, gateway.NO_SESSION, live.EXPIRED, gateway.IN_USE])
 def test_every_close_code_is_described(code: int):
     assert f"| {code} |" in PROTOCOLS
+
+
+def test_every_rest_resource_is_described():
+    document = (ROOT / "docs" / "rest.md").read_text(encoding="utf-8")
+    prefixes = {route.path.removeprefix("/api/v2").split("/")[1] for router in ROUTERS for route in router.routes}
+    assert {"tenants", "api-keys", "audit", "sessions"} <= prefixes
+    assert [name for name in sorted(prefixes) if f"/{name}" not in document] == []

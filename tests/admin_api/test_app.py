@@ -1,99 +1,106 @@
-"""The REST service: who may, what comes back, and how errors look."""
+"""The document of the service, and whether it says what is served."""
 
 from __future__ import annotations
 
-import uuid
+import re
 from typing import Any
 
 import httpx
 import pytest
-from fastapi.routing import APIRoute
 
 from agentvoicebox.admin_api import app, auth
-from agentvoicebox.tenancy import sessions
 
 
 @pytest.fixture
-async def http(stack: Any):
-    async with httpx.AsyncClient(base_url=stack.url) as client:
-        yield client
+async def document(http: httpx.AsyncClient) -> Any:
+    """The OpenAPI document."""
+    return (await http.get("/api/v2/openapi.json")).json()
 
 
-async def test_a_session_is_created_for_the_tenant_of_the_key(stack: Any, http: httpx.AsyncClient, customer: Any):
-    config = {"voice": "rms", "modality": "text", "turn_detection": {"silence_duration_ms": 400}}
-    reply = await http.post("/api/v2/sessions", json=config, headers=customer.headers)
-    assert reply.status_code == 201
-    assert len(reply.headers["x-request-id"]) == 32
-    body = reply.json()
-    assert body["ws_url"] == f"{stack.url.replace('http', 'ws', 1)}/ws/v2/sessions/{body['session_id']}"
-    row = await sessions.get(stack.database, customer.id, uuid.UUID(body["session_id"]))
-    assert row.status == "created"
-    assert row.config == config
-    assert row.api_key_id == customer.key_id
+def operations(document: Any) -> list[tuple[str, str, Any]]:
+    return [(path, method, told) for path, item in document["paths"].items() for method, told in item.items()]
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer avb_" + "x" * 43}, {"Authorization": "Bearer"}])
-async def test_without_a_good_key_there_is_no_session(http: httpx.AsyncClient, headers: dict[str, str]):
-    reply = await http.post("/api/v2/sessions", headers=headers)
-    assert reply.status_code == 401
-    assert reply.headers["www-authenticate"] == "Bearer"
-    assert set(reply.json()) == {"error", "message"}
+async def test_the_document_names_itself(document: Any):
+    assert (document["info"]["title"], document["info"]["version"]) == ("AgentVoiceBox API", "2.0.0")
+    assert {"bearer", "header"} == set(document["components"]["securitySchemes"])
 
 
-async def test_a_scope_is_needed(http: httpx.AsyncClient, new_customer: Any):
-    customer = await new_customer(scopes=("billing",))
-    reply = await http.post("/api/v2/sessions", headers=customer.headers)
-    assert (reply.status_code, reply.json()["error"]) == (403, "insufficient_scope")
+async def test_every_error_has_the_one_format(document: Any):
+    error = document["components"]["schemas"]["Error"]
+    assert set(error["required"]) == {"error", "message"}
+    for path, method, told in operations(document):
+        for status, answer in told["responses"].items():
+            if int(status) >= 400 and (path, status) != ("/health/ready", "503"):
+                schema = answer["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/Error"}, (path, method, status)
+        assert "422" not in told["responses"]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        (b"{", 400, None),
-        (b"[]", 400, None),
-        (b"\xff\xfe", 400, None),
-        (b'{"speed": 9}', 400, "speed"),
-        (b'{"speed": "fast"}', 400, "speed"),
-        (b'{"tenant_id": "x"}', 400, None),
-        (b'{"turn_detection": {"silence_duration_ms": 1}}', 400, "turn_detection.silence_duration_ms"),
-        (b" " * 70_000, 413, None),
-    ],
-)
-async def test_a_bad_body_gets_one_clear_error(
-    http: httpx.AsyncClient, customer: Any, body: bytes, status: int, param: str | None
-):
-    reply = await http.post("/api/v2/sessions", content=body, headers=customer.headers)
-    assert reply.status_code == status
-    error = reply.json()
-    assert error["message"]
-    if param is not None:
-        assert list(error["details"]) == [param]
+async def test_every_operation_says_what_it_does_and_who_may(document: Any):
+    names = [told["operationId"] for _, _, told in operations(document)]
+    assert len(set(names)) == len(names)
+    for path, method, told in operations(document):
+        assert told["description"], (path, method)
+        assert told["x-admission"]
+        public = told["x-admission"] == "anybody"
+        assert public == ("security" not in told)
+        assert public or {"401", "403", "429"} <= set(told["responses"])
+        assert set(re.findall(r"\{(\w+)\}", path)) == {
+            each["name"] for each in told.get("parameters", []) if each["in"] == "path"
+        }
 
 
-async def test_health_is_public_and_everything_else_is_not_there(http: httpx.AsyncClient):
-    assert (await http.get("/health")).json() == {"status": "ok"}
-    reply = await http.get("/nothing")
-    assert (reply.status_code, reply.json()["error"]) == (404, "not_found")
-    reply = await http.get("/api/v2/sessions")
-    assert (reply.status_code, reply.json()["error"]) == (405, "method_not_allowed")
-
-
-async def test_the_document_describes_the_body(http: httpx.AsyncClient):
-    document = (await http.get("/api/v2/openapi.json")).json()
+async def test_the_document_describes_bodies(document: Any):
     body = document["paths"]["/api/v2/sessions"]["post"]["requestBody"]
     properties = body["content"]["application/json"]["schema"]["properties"]
     assert {"voice", "speed", "language", "turn_detection"} <= set(properties)
+    new = document["paths"]["/api/v2/admin/tenants"]["post"]["requestBody"]
+    assert new["required"] is True
+    assert new["content"]["application/json"]["schema"]["required"] == ["name", "slug"]
 
 
-async def test_every_route_says_who_may(http: httpx.AsyncClient):
-    """Deny by default: a route without a declared admission is a mistake."""
-    seen = set()
-    for router in app.ROUTERS:
-        for route in router.routes:
-            assert isinstance(route, APIRoute)
-            seen.add(route.path)
-            calls = [dependency.call for dependency in route.dependant.dependencies]
-            admissions = [call for call in calls if getattr(call, "__module__", "") == auth.__name__]
-            assert admissions, f"{route.path} does not say who may pass"
-    document = (await http.get("/api/v2/openapi.json")).json()
-    assert seen == set(document["paths"]), "there is no other way in"
+async def test_the_page_lists_everything_and_fetches_nothing(http: httpx.AsyncClient, document: Any):
+    reply = await http.get("/api/v2/docs")
+    assert reply.headers["content-type"].startswith("text/html")
+    for path, _, _ in operations(document):
+        assert f"<code>{path}</code>" in reply.text
+    assert re.findall(r"(?:src|href)=\"(.*?)\"", reply.text) == ["openapi.json"]
+    assert "<script" not in reply.text
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+
+
+async def test_health_is_there_for_anybody(http: httpx.AsyncClient):
+    assert (await http.get("/health")).json() == {"status": "ok"}
+
+
+async def test_readiness_names_what_is_missing(service: Any, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    reply = await http.get("/health/ready")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok", "checks": {"db": "ok"}})
+
+    async def away() -> None:
+        raise OSError("secret-host:6379 refused")
+
+    monkeypatch.setitem(service.app.state.checks, "redis", away)
+    reply = await http.get("/health/ready")
+    assert reply.status_code == 503
+    assert reply.json() == {"status": "down", "checks": {"db": "ok", "redis": "down"}}
+
+
+async def test_what_is_not_there_is_not_found(http: httpx.AsyncClient):
+    for path in ("/", "/nothing", "/api", "/api/v2", "/docs", "/openapi.json", "/redoc", "/api/v3/tenants/me"):
+        reply = await http.get(path)
+        assert (reply.status_code, reply.json()["error"]) == (404, "not_found")
+
+
+def test_an_admission_names_permissions_of_the_schema():
+    """FLW-72: a permission that does not exist would let nobody in, or, asked wrongly, everybody."""
+    from agentvoicebox.tenancy.permissions.rules import EVALUATOR
+
+    found = [route for router in app.ROUTERS for route in router.routes]
+    named = [auth.admission(route) for route in found]  # type: ignore[arg-type]
+    assert any(isinstance(each, auth.May) for each in named)
+    for each in named:
+        if isinstance(each, auth.May):
+            for resource, permission in each._wanted:
+                EVALUATOR.require(resource, permission)

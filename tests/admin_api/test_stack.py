@@ -148,7 +148,9 @@ async def test_only_declared_proxies_are_believed(tmp_path: Path, flags: dict[st
     [("unknown", None), ("_hidden", None), ("fe80::1%eth0", "fe80::1"), ("203.0.113.9", "203.0.113.9")],
 )
 async def test_a_client_without_an_address_gets_its_session(stack: Any, customer: Any, told: str, kept: str | None):
-    node = Node(stack.gateway, app.create(stack.database, stack.gateway.keyring))
+    gateway = stack.gateway
+    rest = app.create(stack.database, gateway.door.keyring, stack.limiter, gateway.books.ledger)
+    node = Node(gateway, rest)
     transport = httpx.ASGITransport(node, client=(told, 5))
     async with httpx.AsyncClient(transport=transport, base_url="http://node", headers=customer.headers) as http:
         reply = await http.post("/api/v2/sessions")

@@ -1,0 +1,96 @@
+"""The service against its own document: every operation, with what it takes and with what it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+
+from agentvoicebox.tenancy import domains, keys, projects, sessions
+
+load_all_checks()
+NAMES = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+)
+EXAMPLES = 6
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND")
+
+Ids = Callable[[], dict[str, str]]
+
+
+def exercise(schema: Any, url: str, headers: dict[str, str], mode: GenerationMode, ids: dict[str, str]) -> int:
+    """Call every operation some times; where `ids` names its path's parts, those rows are meant. Returns the calls."""
+    checks = CHECKS.get_by_names(NAMES)
+    calls = 0
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if mode is GenerationMode.NEGATIVE and not (operation.query or operation.body):
+            continue
+        parts = {name: value for name, value in ids.items() if f"{{{name}}}" in operation.path}
+
+        @settings(
+            max_examples=EXAMPLES,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode, path_parameters=parts or None))
+        def call(case: Any) -> None:
+            nonlocal calls
+            calls += 1
+            case.validate_response(case.call(base_url=url, headers=headers, timeout=30), checks=checks)
+
+        call()
+    return calls
+
+
+@pytest.fixture
+async def rows(service: Any, client: Any) -> dict[str, str]:
+    """Rows of the client's tenant, to be read, changed and removed; not the key that it uses."""
+    store = service.database
+    return {
+        "key_id": str((await keys.issue(store, client.tenant, "spare", ("admin",))).id),
+        "project_id": str((await projects.create(store, client.tenant, "spare")).id),
+        "session_id": str((await sessions.create(store, client.tenant)).id),
+        "domain_id": str((await domains.add(store, client.tenant, f"{client.slug}.example.com")).id),
+        "tenant_id": str(client.tenant),
+    }
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+@pytest.mark.parametrize("who", ["operator", "tenant"])
+async def test_every_operation_does_what_the_document_says(
+    service: Any, operator: httpx.AsyncClient, client: Any, rows: dict[str, str], who: str, mode: GenerationMode
+):
+    """No failure of ours, answers as described, wrong input refused."""
+    headers = {"X-API-Key": client.key}
+    if who == "operator":
+        headers = {"Authorization": operator.headers["authorization"], "X-Tenant-ID": str(client.tenant)}
+        rows.pop("tenant_id")  # or it would delete the tenant that everything else is about
+    schema = schemathesis.openapi.from_dict(service.app.state.document)
+    calls = await asyncio.to_thread(exercise, schema, service.url, headers, mode, rows)
+    assert calls >= 40 * EXAMPLES / 2
+
+
+async def test_methods_that_are_not_described_are_refused(service: Any, client: Any):
+    for path, item in service.app.state.document["paths"].items():
+        described = {method.upper() for method in item}
+        there = re.sub(r"\{\w+\}", str(client.tenant), path)
+        for method in set(METHODS) - described:
+            reply = await client.http.request(method, there)
+            assert (reply.status_code, reply.json()["error"]) == (405, "method_not_allowed"), (method, path)
+            assert described <= set(reply.headers["allow"].split(", ")), (method, path)
