@@ -48,7 +48,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        shown.add_column(column)
+        # An id is there to be copied: it is shown whole, whatever becomes of the rest.
+        shown.add_column(column, no_wrap=column == "id", min_width=36 if column == "id" else None, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     stdout.print(shown)
