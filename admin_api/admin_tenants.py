@@ -15,7 +15,7 @@ from agentvoicebox.admin_api.listings import Listing, Paged, View, listing
 from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
 from agentvoicebox.admin_api.tenants import Email, Month, Tenant, TenantName, Zone
-from agentvoicebox.tenancy import domains, keys, team, tenants, usage
+from agentvoicebox.tenancy import domains, keys, quotas, team, tenants
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import MemberStatus, Role, TenantStatus, Tier
 
@@ -174,7 +174,7 @@ async def activate_tenant(store: Store, tenant_id: uuid.UUID) -> Turned:
 async def read_month_of_any(store: Store, tenant_id: uuid.UUID) -> Month:
     """How much of its limits a tenant takes."""
     await known(store, tenant_id)
-    return Month.model_validate(await usage.this_month(store, tenant_id))
+    return Month.model_validate(await quotas.usage(store, tenant_id))
 
 
 @router.get(_ADMIN + "/{tenant_id:uuid}/api-keys", dependencies=auth.sysadmin())

@@ -14,7 +14,7 @@ from agentvoicebox.admin_api.auth import Visiting
 from agentvoicebox.admin_api.listings import View
 from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
-from agentvoicebox.tenancy import tenants, usage
+from agentvoicebox.tenancy import quotas, tenants
 from agentvoicebox.tenancy.models import TenantStatus, Tier
 
 router = APIRouter(prefix="/api/v2/tenants", tags=["tenants"])
@@ -105,7 +105,7 @@ async def change_profile(request: Request, visit: Visiting, store: Store) -> Pro
 @router.get("/{tenant_id:uuid}/usage", dependencies=auth.may_there("tenant.view"))
 async def read_month(visit: Visiting, store: Store) -> Month:
     """How much of its limits the tenant takes."""
-    return Month.model_validate(await usage.this_month(store, visit.tenant_id))
+    return Month.model_validate(await quotas.usage(store, visit.tenant_id))
 
 
 @router.get("/me/limits", dependencies=auth.may("tenant.view"))

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from sqlalchemy import extract, func, select, text
 
@@ -32,6 +32,7 @@ from agentvoicebox.tenancy.models import (
     Tier,
     VoiceProvider,
 )
+from agentvoicebox.tenancy.settings import admits
 
 Network = IPv4Network | IPv6Network
 
@@ -108,15 +109,7 @@ class Grant:
 
     def admit(self, ip: str | None) -> None:
         """Raise `Forbidden` unless the tenant's keys may be used from this address; None is an unknown one."""
-        if not self.networks:
-            return
-        try:
-            address = ip_address(ip or "")
-        except ValueError:
-            address = None
-        if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        if address is None or not any(address in network for network in self.networks):
+        if not admits(self.networks, ip):
             raise Forbidden(
                 "This key may not be used from your address; an administrator of the tenant can allow it in its "
                 "settings.",

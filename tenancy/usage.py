@@ -13,17 +13,15 @@ from typing import Any
 
 from sqlalchemy import Date, cast, func, literal_column, select, text
 
-from agentvoicebox.config.errors import BadInput, NotFound
+from agentvoicebox.config.errors import BadInput
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.metering import Ledger, Usage, summed, totals
 from agentvoicebox.tenancy.models import Metric, UsageMinute
 
 __all__ = [
     "Amounts",
-    "Count",
     "Day",
     "Heavy",
-    "Month",
     "Period",
     "Summary",
     "csv_rows",
@@ -31,28 +29,12 @@ __all__ = [
     "measure_storage",
     "period",
     "summary",
-    "this_month",
     "top",
     "totals",
 ]
 
 _MOST_AT_ONCE = 1_000
 """Levels in one call of the ledger: others wait for its group."""
-
-# Counted as the limits count: see the migration that holds them.
-_THIS_MONTH = text("""
-SELECT max_users, max_projects, max_api_keys, max_sessions_per_month,
-    (SELECT count(*) FROM members WHERE tenant_id = :tenant AND status = 'active')
-        + (SELECT count(*) FROM invitations
-           WHERE tenant_id = :tenant AND status = 'pending' AND expires_at > now()),
-    (SELECT count(*) FROM projects WHERE tenant_id = :tenant),
-    (SELECT count(*) FROM api_keys k
-     WHERE k.tenant_id = :tenant AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
-       AND NOT EXISTS (SELECT FROM api_keys r WHERE r.tenant_id = k.tenant_id AND r.rotated_from = k.id)),
-    coalesce((SELECT sessions FROM session_months
-              WHERE tenant_id = :tenant AND month = date_trunc('month', now() AT TIME ZONE 'UTC')), 0)
-FROM tenants WHERE id = :tenant
-""")
 
 _HEAVIEST = text("""
 SELECT t.id, t.name, t.slug,
@@ -126,24 +108,6 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
-    """How much of a limit is taken."""
-
-    current: int
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Month:
-    """How much of its limits a tenant takes; `users` with those invited, months begin on day 1 at 00:00 UTC."""
-
-    users: Count
-    projects: Count
-    api_keys: Count
-    sessions_this_month: Count
-
-
-@dataclass(frozen=True, slots=True)
 class Heavy:
     """A tenant in the ranking."""
 
@@ -206,16 +170,6 @@ def csv_rows(days: Iterable[Day]) -> Iterator[str]:
     yield _line(["date", *names])
     for day in days:
         yield _line([day.date.isoformat(), *(getattr(day.amounts, name) for name in names)])
-
-
-async def this_month(database: Database, tenant_id: uuid.UUID) -> Month:
-    """How much of its limits the tenant takes. Raises `NotFound`, `Unavailable`."""
-    async with database.tenant(tenant_id) as session:
-        row = (await session.execute(_THIS_MONTH, {"tenant": tenant_id})).one_or_none()
-    if row is None:
-        raise NotFound("There is no such tenant.", param="tenant_id")
-    limits, counts = row[:4], row[4:]
-    return Month(*(Count(int(current), limit) for current, limit in zip(counts, limits, strict=True)))
 
 
 async def top(

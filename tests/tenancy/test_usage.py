@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 
-import psycopg
 import pytest
 
-from agentvoicebox.config.errors import BadInput, NotFound
-from agentvoicebox.tenancy import keys, sessions, usage
+from agentvoicebox.config.errors import BadInput
+from agentvoicebox.tenancy import sessions, usage
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import EventType, Metric, Tenant
 from agentvoicebox.tenancy.sessions import Event
-from agentvoicebox.tenancy.usage import Amounts, Count, Period
+from agentvoicebox.tenancy.usage import Amounts, Period
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=1)
 """A day that is over, so that its next one is not ahead of the clock."""
@@ -119,26 +118,6 @@ async def test_days_as_a_table(database: Database, ledger: Ledger, tenant: Tenan
     last = rows[-1]
     assert (last["stt_audio_seconds"], last["llm_input_tokens"], last["requests"]) == ("1.25", "7", "0")
     assert list(usage.csv_rows([])) == [lines[0]]
-
-
-async def test_this_month_counts_as_the_limits_do(
-    database: Database, tenant: Tenant, other: Tenant, admin: psycopg.AsyncConnection
-) -> None:
-    before = await usage.this_month(database, tenant.id)
-    kept, gone = [await keys.issue(database, tenant.id, name) for name in ("kept", "gone")]
-    await keys.revoke(database, tenant.id, gone.id)
-    await keys.issue(database, other.id, "theirs")
-    for _ in range(3):
-        await sessions.create(database, tenant.id, api_key_id=kept.id)
-    last_month = (date.today().replace(day=1) - timedelta(days=1)).replace(day=1)
-    await admin.execute("INSERT INTO session_months VALUES (%s, %s, 99)", (tenant.id, last_month))
-    now = await usage.this_month(database, tenant.id)
-    assert now.sessions_this_month == Count(3, tenant.max_sessions_per_month)
-    assert now.api_keys == Count(before.api_keys.current + 1, tenant.max_api_keys)
-    assert (now.projects, now.users) == (before.projects, before.users)
-    assert (now.projects.limit, now.users.limit) == (tenant.max_projects, tenant.max_users)
-    with pytest.raises(NotFound):
-        await usage.this_month(database, uuid.uuid4())
 
 
 async def test_the_heaviest_first(
