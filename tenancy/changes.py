@@ -47,7 +47,7 @@ WHERE (SELECT pg_try_advisory_xact_lock(%s)) AND (tenant_id, id) IN (
     WHERE at < now() - interval '1 day'
 )
 """
-_FORGETTING = 0x41564203
+_FORGETTING = 0x41564206
 """Our advisory lock for that."""
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Feed:
         self._subscribers: list[Callable[[Change], None]] = []
         self._gap_callbacks: list[Callable[[], None]] = []
         self._since = _LAST_XID
-        self._told: frozenset[int] = frozenset()
+        self._told: frozenset[tuple[uuid.UUID, int]] = frozenset()
         self._hint = asyncio.Event()
         self._prune_at = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -153,7 +153,7 @@ class Feed:
             cursor = await connection.execute(_NEWS, (self._since,))
             rows = await cursor.fetchall()
         self._since = rows[0][0]
-        lines = {row[1]: Change(ChangeKind(row[2]), row[3], row[4]) for row in rows if row[1] is not None}
+        lines = {(row[3], row[1]): Change(ChangeKind(row[2]), row[3], row[4]) for row in rows if row[1] is not None}
         for number, change in lines.items():
             if number not in self._told:
                 self._report(change)

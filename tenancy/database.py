@@ -25,7 +25,8 @@ Address = Callable[[str], str]
 """From one of the names in `roles` to the libpq address that connects as it; `Postgres.url` and `external` are such."""
 
 _MIGRATING = 0x41564202
-"""Our advisory lock: one migration at a time."""
+_INDEXING = 0x41564207
+"""Our advisory locks: one migration at a time, and one maker of indexes."""
 LOCK_TIMEOUT = 2.0
 """Seconds for which a migration waits for a table. Whoever wants the table after it waits behind it."""
 LOCK_TRIES = 10
@@ -224,7 +225,7 @@ async def _index(address: Address) -> None:
     try:
         found = await connection.execute(
             "SELECT array(SELECT indexrelid::regclass::text FROM pg_index WHERE indisvalid), pg_try_advisory_lock(%s)",
-            (_MIGRATING + 1,),
+            (_INDEXING,),
         )
         made, alone = await found.fetchone() or ([], False)
         if not alone:

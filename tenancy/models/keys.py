@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 
-from sqlalchemy import BigInteger, ForeignKeyConstraint, Identity, Index, String, func, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKeyConstraint, Identity, Index, String, func, text
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -49,6 +49,7 @@ class ApiKey(TenantOwned, Timestamped, Base):
         project_key(),
         tenant_key(),
         one_of("rate_limit_tier", RateClass),
+        CheckConstraint("rotated_from <> id", name="rotated_from"),
         Index(None, "tenant_id", "revoked_at"),
         Index(None, "tenant_id", "project_id"),
     )

@@ -216,8 +216,12 @@ class TestKeys:
         await limited(database, tenant, "api_keys", 1)
         old = await self.insert(admin, tenant)
         new = await self.insert(admin, tenant, rotated_from=old)
+        assert (await of(database, tenant, "api_keys")).current == 2, "not before the old one says so too"
+        replaced = "UPDATE api_keys SET replaced_by = %s WHERE tenant_id = %s AND id = %s"
+        await admin.execute(replaced, (new, tenant.id, old))
         assert await of(database, tenant, "api_keys") == Quota(1, 1)
-        await self.insert(admin, tenant, rotated_from=new)
+        newest = await self.insert(admin, tenant, rotated_from=new)
+        await admin.execute(replaced, (newest, tenant.id, new))
         assert await of(database, tenant, "api_keys") == Quota(1, 1)
 
     async def test_one_place_is_taken_over_once(

@@ -98,12 +98,25 @@ BEFORE = (
     "usage_events",
     "usage_minutes",
 )
+LOCKED = (
+    "key_revocations",
+    "api_keys",
+    "session_events",
+    "sessions",
+    "voice_configs",
+    "projects",
+    "usage_events",
+    "usage_minutes",
+    "tenants",
+)
 OWNED = ("tenant_settings", "tenant_domains", "environments", "deployments")
 NAMES = "name, slug, email, timezone, settings, suspension_reason, updated_at"
 ERASED = ("projects", "api_keys", "key_revocations", "sessions", "session_events", "voice_configs", *OWNED)
 
 
 def upgrade() -> None:
+    # All at once, in the order in which nodes take them: else a node that works meanwhile is the one to give way.
+    op.execute(f"LOCK TABLE {', '.join(LOCKED)} IN ACCESS EXCLUSIVE MODE")
     op.execute(TABLES)
     for table in (*BEFORE, "tenants"):
         op.execute(f"ALTER POLICY tenant_isolation ON {table} TO avb_app, avb_owner, avb_keeper")

@@ -12,6 +12,7 @@ TABLES = """
 ALTER TABLE api_keys
     ADD COLUMN rotated_from uuid,
     ADD COLUMN replaced_by uuid,
+    ADD CONSTRAINT api_keys_rotated_from_check CHECK (rotated_from <> id),
     SET (fillfactor = 85);
 ALTER TABLE key_revocations
     ADD COLUMN kind varchar(20) NOT NULL DEFAULT 'revoked',
@@ -31,15 +32,16 @@ CREATE TRIGGER changed AFTER UPDATE OF expires_at, scopes, rate_limit_tier, proj
           (NEW.expires_at, NEW.scopes, NEW.rate_limit_tier, NEW.project_id))
     EXECUTE FUNCTION note_change();
 
--- What keys carry of their tenant.
+-- What keys carry of their tenant. Its status is among it: keys that are issued while it is being suspended are not
+-- among those that the suspension sees.
 CREATE FUNCTION note_tenant() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO key_revocations (tenant_id, kind)
         VALUES ((to_jsonb(NEW) ->> CASE TG_TABLE_NAME WHEN 'tenants' THEN 'id' ELSE 'tenant_id' END)::uuid, 'tenant');
     RETURN NULL;
 END $$;
-CREATE TRIGGER changed AFTER UPDATE OF name, slug, tier ON tenants FOR EACH ROW
-    WHEN ((OLD.name, OLD.slug, OLD.tier) IS DISTINCT FROM (NEW.name, NEW.slug, NEW.tier))
+CREATE TRIGGER changed AFTER UPDATE OF name, slug, tier, status ON tenants FOR EACH ROW
+    WHEN ((OLD.name, OLD.slug, OLD.tier, OLD.status) IS DISTINCT FROM (NEW.name, NEW.slug, NEW.tier, NEW.status))
     EXECUTE FUNCTION note_tenant();
 CREATE TRIGGER changed AFTER INSERT OR UPDATE ON tenant_settings FOR EACH ROW EXECUTE FUNCTION note_tenant();
 
@@ -64,11 +66,35 @@ CREATE TRIGGER replaced BEFORE UPDATE OF replaced_by ON api_keys FOR EACH ROW
     EXECUTE FUNCTION limit_replaced();
 """
 
+FINALITY = """
+CREATE FUNCTION refuse_unrevoking() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'a revoked key stays revoked' USING ERRCODE = 'AV002';
+END $$;
+CREATE TRIGGER final BEFORE UPDATE OF revoked_at ON api_keys FOR EACH ROW
+    WHEN (OLD.revoked_at IS NOT NULL AND NEW.revoked_at IS NULL AND current_user = 'avb_app')
+    EXECUTE FUNCTION refuse_unrevoking();
+"""
+
+CHANGEABLE = (
+    "name, description, project_id, scopes, rate_limit_tier, expires_at, revoked_at, revoked_by, replaced_by, "
+    "updated_at"
+)
+
 
 def upgrade() -> None:
     op.execute(TABLES)
     op.execute(TRIGGERS)
+    op.execute(FINALITY)
+    # A line that says its own number or time could pass for another tenant's, and nodes would not hear of that one.
+    op.execute("REVOKE INSERT ON key_revocations FROM avb_app")
+    op.execute("GRANT INSERT (tenant_id, key_id, kind) ON key_revocations TO avb_app")
     op.execute("GRANT DELETE ON key_revocations TO avb_system")
+    # What foreign keys change is written down by the owner, whatever tenant is bound (PostgreSQL 18).
+    op.execute("ALTER POLICY tenant_isolation ON key_revocations TO avb_app, avb_keeper")
+    op.execute("CREATE POLICY noted ON key_revocations FOR INSERT TO avb_owner WITH CHECK (true)")
+    op.execute("REVOKE UPDATE ON api_keys FROM avb_app")
+    op.execute(f"GRANT UPDATE ({CHANGEABLE}) ON api_keys TO avb_app")
 
 
 def downgrade() -> None:
@@ -76,6 +102,14 @@ def downgrade() -> None:
     op.execute("DELETE FROM key_revocations WHERE kind <> 'revoked'")
     op.execute("SET LOCAL ROLE avb_owner")
     op.execute("DROP TRIGGER replaced ON api_keys")
+    op.execute("DROP TRIGGER final ON api_keys")
+    op.execute("DROP FUNCTION refuse_unrevoking()")
+    op.execute("DROP POLICY noted ON key_revocations")
+    op.execute("ALTER POLICY tenant_isolation ON key_revocations TO avb_app, avb_owner, avb_keeper")
+    op.execute("REVOKE INSERT (tenant_id, key_id, kind) ON key_revocations FROM avb_app")
+    op.execute("GRANT INSERT ON key_revocations TO avb_app")
+    op.execute(f"REVOKE UPDATE ({CHANGEABLE}) ON api_keys FROM avb_app")
+    op.execute("GRANT UPDATE ON api_keys TO avb_app")
     for table in ("api_keys", "tenants", "tenant_settings"):
         op.execute(f"DROP TRIGGER changed ON {table}")
     op.execute("DROP FUNCTION note_change(), note_tenant(), limit_replaced()")

@@ -111,10 +111,10 @@ def upgrade() -> None:
         "CREATE POLICY no_sysadmin ON relations AS RESTRICTIVE FOR INSERT TO avb_app "
         "WITH CHECK (relation <> 'sysadmin')"
     )
-    grant("key_revocations", avb_keeper="INSERT")
+    op.execute("GRANT INSERT (tenant_id, key_id, kind) ON key_revocations TO avb_keeper")
 
 
 def downgrade() -> None:
     op.execute("DROP TABLE relations, invitations, members, users")
     op.execute("DROP FUNCTION note_relation()")
-    op.execute("REVOKE INSERT ON key_revocations FROM avb_keeper")
+    op.execute("REVOKE INSERT (tenant_id, key_id, kind) ON key_revocations FROM avb_keeper")

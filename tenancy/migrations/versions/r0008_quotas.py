@@ -36,7 +36,8 @@ CREATE FUNCTION quota_api_keys_taken(tenant uuid) RETURNS bigint LANGUAGE sql ST
     SELECT count(*) FROM api_keys k
     WHERE k.tenant_id = tenant AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())
       AND NOT EXISTS (SELECT FROM api_keys next
-                      WHERE next.tenant_id = tenant AND next.rotated_from = k.id AND next.revoked_at IS NULL
+                      WHERE next.tenant_id = tenant AND next.id = k.replaced_by AND next.rotated_from = k.id
+                        AND next.revoked_at IS NULL
                         AND (next.expires_at IS NULL OR next.expires_at > now()))
 $$;
 
