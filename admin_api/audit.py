@@ -124,9 +124,9 @@ async def export_entries(
 
 
 @router.get("/retention", dependencies=_VIEW)
-async def read_retention(store: Store) -> Retention:
+async def read_retention(store: Store, chain: Chain) -> Retention:
     """How long the log is kept at hand, and whether older months are archived."""
-    return Retention.model_validate(await audit.retention(store))
+    return Retention.model_validate(await audit.retention(store, tenant_id=chain))
 
 
 @router.get("/{entry_id:uuid}", dependencies=_VIEW)

@@ -15,12 +15,22 @@ from typing import Any
 import psycopg
 from psycopg import IsolationLevel, sql
 from psycopg.rows import dict_row
-from sqlalchemy import Table, exists, func, select, update
+from sqlalchemy import String, Table, cast, exists, func, select, text, update
 
 from agentvoicebox.config.errors import Conflict, NotFound
 from agentvoicebox.tenancy import audit, roles
 from agentvoicebox.tenancy.database import Database, translated
-from agentvoicebox.tenancy.models import Action, Base, Member, MemberStatus, Tenant, TenantStatus, User
+from agentvoicebox.tenancy.models import (
+    PLATFORM,
+    Action,
+    Base,
+    Member,
+    MemberStatus,
+    Relation,
+    Tenant,
+    TenantStatus,
+    User,
+)
 
 EVIDENCE = frozenset({"usage_events", "usage_minutes", "usage_outbox", "audit_log", "audit_heads", "audit_anchors"})
 """What stays: how much was used, and who did what. It holds nothing that was said; the audit log goes month by month
@@ -81,10 +91,11 @@ async def export(database: Database, tenant_id: uuid.UUID) -> AsyncGenerator[tup
 async def erase(database: Database, tenant_id: uuid.UUID) -> dict[str, int]:
     """Erase a deleted tenant's data for good; returns how many rows went of each table.
 
-    Its row stays without its names, and so does the evidence. People who belong to no other tenant lose their names
-    too. From the first step on the tenant cannot be brought back; after a crash, call it again. With the data keys
-    gone, no copy of the secrets that was made without them can be opened; backups of the whole database hold both, and
-    end with their own retention. Raises `NotFound`, `Conflict` for a tenant that is not deleted.
+    Its row stays without its names, and so does the evidence. People who belong to no other tenant, nor to the
+    platform, lose their names too. From the first step on the tenant cannot be brought back; after a crash, call it
+    again. With the data keys gone, no copy of the secrets that was made without them can be opened; backups of the
+    whole database hold both, and end with their own retention. Raises `NotFound`, `Conflict` for a tenant that is
+    not deleted.
     """
     await _begin(database, tenant_id)
     gone: dict[str, int] = {}
@@ -113,6 +124,8 @@ async def erase(database: Database, tenant_id: uuid.UUID) -> dict[str, int]:
 async def _begin(database: Database, tenant_id: uuid.UUID) -> None:
     """Make it final, and take their names from people who are nobody else's."""
     async with database.system() as session:
+        # One at a time: of two that share people, the second sees that the first is nobody's tenant any more.
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('erasure', 0))"))
         query = select(Tenant).where(Tenant.id == tenant_id).with_for_update(key_share=True)
         tenant = (await session.execute(query)).scalar_one_or_none()
         if tenant is None:
@@ -124,11 +137,20 @@ async def _begin(database: Database, tenant_id: uuid.UUID) -> None:
         )
         here = exists().where(Member.user_id == User.id, Member.tenant_id == tenant_id)
         elsewhere = exists().where(
-            Member.user_id == User.id, Member.tenant_id != tenant_id, Member.status == MemberStatus.ACTIVE
+            Member.user_id == User.id,
+            Member.tenant_id != tenant_id,
+            Member.status == MemberStatus.ACTIVE,
+            Tenant.id == Member.tenant_id,
+            Tenant.erased_at.is_(None),
+        )
+        of_the_platform = exists().where(
+            Relation.tenant_id == PLATFORM,
+            Relation.subject_type == "user",
+            Relation.subject_id == cast(User.id, String),
         )
         await session.execute(
             update(User)
-            .where(here, ~elsewhere, User.is_staff.is_(False))
+            .where(here, ~elsewhere, ~of_the_platform, User.is_staff.is_(False))
             .values(
                 email=func.concat("erased-", User.id, "@invalid"),
                 keycloak_id=None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -80,9 +81,11 @@ class FileKeys:
     def renew(self) -> str:
         """Put a new key on top, by which everything is wrapped from now on; its id. Raises `Unavailable`."""
         made = _made()
-        with self._explained():
-            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".master")  # mode 0600
-            _fill(handle, [made, *self._read().items()])
+        with (
+            self._explained(),
+            self._alone(),
+            _written(self._path.parent, [made, *self._read().items()]) as name,
+        ):
             os.replace(name, self._path)
         return made[0]
 
@@ -105,13 +108,20 @@ class FileKeys:
     def _make(self) -> None:
         """Write the file whole, unless another process was faster."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".master")  # mode 0600
+        with _written(self._path.parent, [_made()]) as name, contextlib.suppress(FileExistsError):
+            os.link(name, self._path)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One renewal at a time, of all processes: of two that read the same keys, the later would drop a key."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A file of its own, since the keys' is replaced.
+        lock = os.open(self._path.with_name(f"{self._path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _fill(handle, [_made()])
-            with contextlib.suppress(FileExistsError):
-                os.link(name, self._path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         finally:
-            os.unlink(name)
+            os.close(lock)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -129,12 +139,29 @@ def _made() -> tuple[str, bytes]:
     return f"m-{secrets.token_hex(4)}", secrets.token_bytes(_BYTES)
 
 
-def _fill(handle: int, keys: Iterable[tuple[str, bytes]]) -> None:
-    with os.fdopen(handle, "w") as file:
-        file.write(_HEADING)
-        file.writelines(f"{key_id}:{base64.b64encode(key).decode()}\n" for key_id, key in keys)
-        file.flush()
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def _written(directory: Path, keys: Iterable[tuple[str, bytes]]) -> Iterator[str]:
+    """The keys in a file that is wholly on disk, by a name of its own; what is made of the name is on disk then too."""
+    handle, name = tempfile.mkstemp(dir=directory, prefix=".master")  # mode 0600
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(_HEADING)
+            file.writelines(f"{key_id}:{base64.b64encode(key).decode()}\n" for key_id, key in keys)
+            file.flush()
+            os.fsync(file.fileno())
+        yield name
+        _sync(directory)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _parsed(lines: Iterable[str], source: str) -> dict[str, bytes]:

@@ -16,8 +16,8 @@ from datetime import datetime
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import Select, select, text, tuple_, update
 from sqlalchemy import delete as delete_from
-from sqlalchemy import func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,7 +26,7 @@ from agentvoicebox.tenancy import audit, pages
 from agentvoicebox.tenancy.checks import shaped
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.masterkeys import MasterKeys, SecretUnreadable
-from agentvoicebox.tenancy.models import PLATFORM, Action, DataKey, Secret
+from agentvoicebox.tenancy.models import PLATFORM, Action, DataKey, Secret, SecretVersion
 from agentvoicebox.tenancy.pages import Page
 
 __all__ = ["SecretInfo", "SecretUnreadable", "delete", "get", "list_", "put", "rotate_master", "rotate_tenant"]
@@ -67,10 +67,12 @@ async def put(
     async with database.tenant(tenant_id) as session:
         await _alone(session, tenant_id)
         data_key, key = await _data_key(session, keys, tenant_id)
-        last = await session.scalar(select(func.max(Secret.version)).where(Secret.kind == kind, Secret.name == name))
-        version = (last or 0) + 1
+        version = await _next(session, tenant_id, kind, name)
         nonce, sealed = _seal(key, _about(tenant_id, kind, name, version), plain)
-        await session.execute(delete_from(Secret).where(Secret.kind == kind, Secret.name == name))
+        old = await session.scalars(
+            delete_from(Secret).where(Secret.kind == kind, Secret.name == name).returning(Secret.version)
+        )
+        action = Action.UPDATE if old.all() else Action.CREATE
         session.add(
             Secret(
                 tenant_id=tenant_id,
@@ -84,7 +86,6 @@ async def put(
                 set_by=set_by,
             )
         )
-        action = Action.CREATE if last is None else Action.UPDATE
         await audit.append(session, action, "secret", f"{kind}/{name}", "secret set", details={"version": version})
     return version
 
@@ -138,17 +139,34 @@ async def rotate_master(database: Database, keys: MasterKeys) -> int:
     """Wrap every data key under the current master key that is not yet; how many were.
 
     Works through them in batches, each a transaction: broken off, the next call goes on; several at once share the
-    work. Keys that cannot be unwrapped are left, and named at the end by `SecretUnreadable`.
+    work, and in the end wait for what others hold, so that none is left. Keys that cannot be unwrapped are left, and
+    named at the end by `SecretUnreadable`.
     """
+    # As weak a lock as the change takes itself: whoever stores a secret holds its data key, and is not in the way.
+    done, _ = await _rewrap(database, keys, _waiting(keys).with_for_update(key_share=True, skip_locked=True))
+    while True:
+        more, lost = await _rewrap(database, keys, _waiting(keys).with_for_update(key_share=True))
+        done += more
+        if not more:
+            break
+    if lost:
+        raise SecretUnreadable(f"{len(lost)} data keys could not be wrapped anew, {done} were. {lost[0].message}")
+    return done
+
+
+def _waiting(keys: MasterKeys) -> Select[DataKey]:
     current, _ = keys.current()
+    return select(DataKey).where(DataKey.master_id != current).order_by(DataKey.tenant_id, DataKey.version)
+
+
+async def _rewrap(database: Database, keys: MasterKeys, query: Select[DataKey]) -> tuple[int, list[SecretUnreadable]]:
+    """Wrap the data keys that the query finds and locks under the current master key: how many, and what did not."""
     after, done = (uuid.UUID(int=0), 0), 0
     lost: list[SecretUnreadable] = []
     place = tuple_(DataKey.tenant_id, DataKey.version)
-    query = select(DataKey).where(DataKey.master_id != current).order_by(DataKey.tenant_id, DataKey.version)
     while True:
         async with database.system() as session:
-            waiting = query.where(place > tuple_(*after)).limit(_BATCH).with_for_update(skip_locked=True)
-            batch = (await session.scalars(waiting)).all()
+            batch = (await session.scalars(query.where(place > tuple_(*after)).limit(_BATCH))).all()
             if not batch:
                 break
             rewrapped = 0
@@ -165,15 +183,13 @@ async def rotate_master(database: Database, keys: MasterKeys) -> int:
                     session,
                     Action.UPDATE,
                     "master_key",
-                    current,
+                    keys.current()[0],
                     "data keys wrapped anew",
                     tenant_id=PLATFORM,
                     details={"count": rewrapped},
                 )
         after, done = (batch[-1].tenant_id, batch[-1].version), done + rewrapped
-    if lost:
-        raise SecretUnreadable(f"{len(lost)} data keys could not be wrapped anew, {done} were. {lost[0].message}")
-    return done
+    return done, lost
 
 
 async def rotate_tenant(database: Database, keys: MasterKeys, tenant_id: uuid.UUID) -> int:
@@ -204,6 +220,16 @@ async def _alone(session: AsyncSession, tenant_id: uuid.UUID) -> None:
     await session.execute(
         text("SELECT pg_advisory_xact_lock(hashtextextended(:of, 0))"), {"of": f"secrets of {tenant_id}"}
     )
+
+
+async def _next(session: AsyncSession, tenant_id: uuid.UUID, kind: str, name: str) -> int:
+    """A version that no secret of that name had, deleted ones neither: in its place an old envelope would open."""
+    first = insert(SecretVersion).values(tenant_id=tenant_id, kind=kind, name=name, version=1)
+    count = first.on_conflict_do_update(
+        index_elements=[SecretVersion.tenant_id, SecretVersion.kind, SecretVersion.name],
+        set_={"version": SecretVersion.version + 1},
+    )
+    return (await session.scalars(count.returning(SecretVersion.version))).one()
 
 
 async def _data_key(session: AsyncSession, keys: MasterKeys, tenant_id: uuid.UUID) -> tuple[int, bytes]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, case, cast, extract, func, select, text, update
+from sqlalchemy import ColumnElement, Select, Text, case, cast, extract, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, Conflict, NotFound, TooLarge
 from agentvoicebox.tenancy import audit, checks, pages
+from agentvoicebox.tenancy.audit.lines import address
 from agentvoicebox.tenancy.checks import chosen, document, words
 from agentvoicebox.tenancy.database import Database, sqlstate
 from agentvoicebox.tenancy.models import Action, EventType, Session, SessionEvent, SessionStatus
@@ -136,7 +137,8 @@ async def create(
 ) -> Session:
     """A new session in state `created`.
 
-    Raises `NotFound` when project or key are not this tenant's, `Forbidden` when its month has no session left.
+    What is no `client_ip` is not kept. Raises `NotFound` when project or key are not this tenant's, `Conflict` when it
+    has a session of that id, `Forbidden` when its month has no session left.
     """
     made = Session(
         tenant_id=tenant_id,
@@ -144,7 +146,7 @@ async def create(
         project_id=project_id,
         api_key_id=api_key_id,
         config=dict(config or {}),
-        client_ip=client_ip,
+        client_ip=address(client_ip),
         user_agent=user_agent[:500],
     )
     try:
@@ -152,6 +154,8 @@ async def create(
             session.add(made)
             await session.flush()
     except IntegrityError as error:
+        if sqlstate(error) == _UNIQUE_VIOLATION:
+            raise Conflict("There is a session of that id already; choose another.", param="session_id") from error
         if sqlstate(error) != _FOREIGN_KEY_VIOLATION:
             raise
         raise NotFound("There is no such tenant, project or key.") from error
@@ -180,16 +184,20 @@ async def export(
 ) -> AsyncGenerator[Session, None]:
     """All sessions of the tenant that are meant, the newest first, as they are read. Raises `BadInput`.
 
-    The generator holds a connection: close it, or read it to its end.
+    No connection is held between the pages, so a reader who stalls keeps nobody waiting: sessions stay in their order,
+    and each page begins after the last that was read, with the states of its own moment.
     """
-    query = (wanted or Filter()).query().execution_options(yield_per=_AT_ONCE)
-    async with database.tenant(tenant_id) as session:
-        found = await session.stream(query)
-        try:
-            async for each in found.scalars():
-                yield each
-        finally:
-            await found.close()
+    query = (wanted or Filter()).query().limit(_AT_ONCE)
+    page = query
+    while True:
+        async with database.tenant(tenant_id) as session:
+            found = (await session.scalars(page)).all()
+        for each in found:
+            yield each
+        if len(found) < _AT_ONCE:
+            break
+        last = found[-1]
+        page = query.where(tuple_(Session.created_at, Session.id) < tuple_(last.created_at, last.id))
 
 
 async def activate(database: Database, tenant_id: uuid.UUID, session_id: uuid.UUID) -> Session:

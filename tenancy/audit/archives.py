@@ -10,17 +10,21 @@ import json
 import os
 import re
 import tempfile
+import uuid
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import psycopg
-from sqlalchemy import text
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, Conflict, Unavailable
 from agentvoicebox.tenancy import roles
 from agentvoicebox.tenancy.database import Database, sqlstate, translated
+from agentvoicebox.tenancy.models import AuditAnchor, AuditEntry
 
 SHORTEST = 90
 """Days for which every line stays in the database; the database itself refuses to give up younger ones."""
@@ -84,16 +88,28 @@ async def months(database: Database) -> int:
     return made
 
 
-async def retention(database: Database, keep_days: int = SHORTEST) -> Retention:
-    """How far back the log goes, and whether archiving is behind. Raises `BadInput`."""
+async def retention(database: Database, keep_days: int = SHORTEST, tenant_id: uuid.UUID | None = None) -> Retention:
+    """How far back the log goes, or one tenant's chain, and whether archiving is behind. Raises `BadInput`."""
     _check(keep_days)
     async with database.system() as session:
-        oldest = await session.scalar(text("SELECT min(at) FROM audit_log"))
         last = (await session.execute(text("SELECT max(month), max(archived_at) FROM audit_anchors"))).one()
         names = (await session.scalars(text(_PARTITIONS))).all()
         now: datetime = await session.scalar(text("SELECT now()"))
+        oldest = await _oldest(session, _months(names), tenant_id)
     until = None if last[0] is None else _after(last[0].astimezone(UTC))
     return Retention(keep_days, oldest, until, last[1], tuple(_due(names, now, keep_days)))
+
+
+async def _oldest(session: AsyncSession, months: Sequence[datetime], tenant_id: uuid.UUID | None) -> datetime | None:
+    """From the first month that has a line: years of them are not to be read for one time."""
+    query = select(func.min(AuditEntry.at))
+    if tenant_id is not None:
+        query = query.where(AuditEntry.tenant_id == tenant_id)
+    for month in months:
+        found = await session.scalar(query.where(AuditEntry.at >= month, AuditEntry.at < _after(month)))
+        if found is not None:
+            return found
+    return None
 
 
 async def archive(database: Database, directory: Path, keep_days: int = SHORTEST) -> list[Archived]:
@@ -101,7 +117,7 @@ async def archive(database: Database, directory: Path, keep_days: int = SHORTEST
 
     `audit-YYYY-MM.jsonl.gz` (0600) holds the lines with their hashes, and where each chain's pieces begin and end. It
     is on disk before the database drops the month; ended in between, the same call does it again. Raises `BadInput`,
-    `Conflict` while another archives or when the month was tampered with, and `Unavailable`.
+    `Conflict` while another archives, when the month was tampered with, or was archived before, and `Unavailable`.
     """
     _check(keep_days)
     connection = await database.connect(roles.KEEPER)
@@ -112,11 +128,21 @@ async def archive(database: Database, directory: Path, keep_days: int = SHORTEST
             if not alone[0]:
                 raise Conflict("The audit log is being archived by another process; wait for its end.")
             names = [name for (name,) in await (await connection.execute(_PARTITIONS)).fetchall()]
-            return [
-                done
-                for month in _due(names, alone[1], keep_days)
-                if (done := await _archive(connection, directory, month)) is not None
-            ]
+            async with database.system() as session:
+                before = {
+                    month.astimezone(UTC) for month in await session.scalars(select(AuditAnchor.month).distinct())
+                }
+            archived = []
+            for month in _due(names, alone[1], keep_days):
+                if month in before:
+                    raise Conflict(
+                        f"{month:%Y-%m} is archived already, and there is a partition of it again. Keep its file as it "
+                        "is, find out who made the partition, and have a superuser drop it.",
+                        code="audit_broken",
+                    )
+                if (done := await _archive(connection, directory, month)) is not None:
+                    archived.append(done)
+            return archived
     finally:
         await connection.close()
 
@@ -216,11 +242,14 @@ class _Pieces:
         return done
 
 
-def _due(names: Any, now: datetime, keep_days: int) -> list[datetime]:
-    found = sorted(
+def _months(names: Iterable[str]) -> list[datetime]:
+    return sorted(
         datetime(int(match[1]), int(match[2]), 1, tzinfo=UTC) for name in names if (match := _MONTH.search(name))
     )
-    return [month for month in found if _after(month) <= now - timedelta(days=keep_days)]
+
+
+def _due(names: Iterable[str], now: datetime, keep_days: int) -> list[datetime]:
+    return [month for month in _months(names) if _after(month) <= now - timedelta(days=keep_days)]
 
 
 def _after(month: datetime) -> datetime:

@@ -23,6 +23,7 @@ _WHAT = {
     "inserted": "was put in afterwards",
     "edited": "does not say what it said when it was written",
     "rewritten": "was replaced: the next line continues another one",
+    "unbacked": "is said to be archived, but no month was archived that holds it",
     "archive": "ends what was archived, and the next line does not continue it",
     "head": "is the last, but there is no record that it should be",
 }
@@ -65,7 +66,10 @@ async def verify(
     """Recompute a tenant's chain, or all of them; `tell` hears how many lines and tenants are done.
 
     Finds lines edited, removed, put in or exchanged, also by a superuser behind the triggers' back, and chains cut off
-    at either end. Whoever rewrites everything after the line, and the head, is found with `against` only. Raises
+    at either end. What is archived must be of a month that the platform's chain tells of, with as many lines; which of
+    that month's pieces is false the database cannot tell, so all are named. Whoever rewrites everything after the line,
+    and the head, is found with `against` only. The platform's chain is looked at when all are: who has rewritten its
+    end, or properly added a line of a month that never was, is found only by the file that the archive lacks. Raises
     `Unavailable`.
     """
     rows = tenants = 0

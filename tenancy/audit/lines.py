@@ -98,7 +98,7 @@ async def append(
                 "actor_type": ActorType(who.type).value,
                 "actor_id": who.id,
                 "email": redaction.line(who.email, 320),
-                "ip": _address(who.ip),
+                "ip": address(who.ip),
                 "user_agent": redaction.line(who.user_agent, 500),
                 "action": Action(action).value,
                 "resource_type": redaction.line(resource_type, 50),
@@ -180,7 +180,7 @@ def _json(value: dict[str, Any] | None) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _address(given: str | None) -> str | None:
+def address(given: str | None) -> str | None:
     """As the database holds it; what is no address is none, since no change should fail for it."""
     try:
         return str(ip_address((given or "").partition("%")[0]))

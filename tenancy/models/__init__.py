@@ -14,7 +14,7 @@ from agentvoicebox.tenancy.models.people import (
     Role,
     User,
 )
-from agentvoicebox.tenancy.models.secrets import DataKey, Secret
+from agentvoicebox.tenancy.models.secrets import DataKey, Secret, SecretVersion
 from agentvoicebox.tenancy.models.sessions import EventType, Session, SessionEvent, SessionMonth, SessionStatus
 from agentvoicebox.tenancy.models.tenants import (
     Deployment,
@@ -60,6 +60,7 @@ __all__ = [
     "Relation",
     "Role",
     "Secret",
+    "SecretVersion",
     "Session",
     "SessionEvent",
     "SessionMonth",

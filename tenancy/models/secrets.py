@@ -25,6 +25,18 @@ class DataKey(TenantOwned, Base):
     __table_args__ = (tenant_key(),)
 
 
+class SecretVersion(TenantOwned, Base):
+    """The newest version there ever was of a secret; it stays when the secret is deleted."""
+
+    __tablename__ = "secret_versions"
+
+    kind: Mapped[str] = mapped_column(String(50), primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    version: Mapped[int] = mapped_column(Integer)
+
+    __table_args__ = (tenant_key(),)
+
+
 class Secret(TenantOwned, Timestamped, Base):
     """One version of a secret, sealed by the tenant's data key `data_key`."""
 

@@ -612,7 +612,7 @@ async def test_all_chains_are_looked_at(
 TAMPERING = {
     "edit": "UPDATE audit_log SET description = 'x' WHERE tenant_id = %(tenant)s AND seq = %(seq)s",
     "rewrite": "UPDATE audit_log l SET description = 'x', hash = (SELECT audit_hash(n) FROM audit_log n "
-    "WHERE n.tenant_id = l.tenant_id AND n.seq = l.seq) WHERE tenant_id = %(tenant)s AND seq = %(seq)s",
+    "WHERE n.tenant_id = l.tenant_id AND n.seq = l.seq AND n.at = l.at) WHERE tenant_id = %(tenant)s AND seq = %(seq)s",
     "delete": "DELETE FROM audit_log WHERE tenant_id = %(tenant)s AND seq = %(seq)s",
     "cut the end": "DELETE FROM audit_log WHERE tenant_id = %(tenant)s AND seq >= %(seq)s",
     "cut the front": "DELETE FROM audit_log WHERE tenant_id = %(tenant)s AND seq <= %(seq)s",
@@ -1031,6 +1031,94 @@ async def test_an_altered_anchor_is_noticed(
     await run(vandal, "UPDATE audit_anchors SET hash = 'x' WHERE tenant_id = %(t)s", t=tenant_id)
     (broken,) = (await audit.verify(database, tenant_id)).broken
     assert (broken.seq, broken.what) == (2, "ends what was archived, and the next line does not continue it")
+
+
+FORGE = """
+INSERT INTO audit_anchors (tenant_id, seq, first, prev, hash, month, digest)
+SELECT l.tenant_id, 6, 3, f.prev, l.hash, %(month)s, %(digest)s
+FROM audit_log l JOIN audit_log f ON f.tenant_id = l.tenant_id AND f.seq = 3 WHERE l.tenant_id = %(t)s AND l.seq = 6
+"""
+
+
+@pytest.mark.parametrize("like_a_real_one", [False, True])
+async def test_lines_that_no_month_has_are_not_archived(
+    database: Database,
+    chain: Chain,
+    admin: psycopg.AsyncConnection,
+    past: Callable[[str], Awaitable[None]],
+    tmp_path: Path,
+    like_a_real_one: bool,
+) -> None:
+    """A false row among the anchors does not stand for lines that somebody removed."""
+    await past(OLD)
+    archived, tenant_id = uuid.uuid4(), await chain(9)
+    await write_at(admin, archived, "2024-03-05Z", "2024-03-06Z", "now")
+    (done,) = await audit.archive(database, tmp_path)
+    assert (await audit.verify(database)).broken == ()
+    await admin.execute("SET session_replication_role = replica")
+    month = done.month if like_a_real_one else datetime(2024, 2, 1, tzinfo=UTC)
+    await run(admin, FORGE, t=tenant_id, month=month, digest=bytes.fromhex(done.digest))
+    await run(admin, "DELETE FROM audit_log WHERE tenant_id = %(t)s AND seq BETWEEN 3 AND 6", t=tenant_id)
+    what = "is said to be archived, but no month was archived that holds it"
+    assert (await audit.verify(database, tenant_id)).broken == ((tenant_id, 3, None, what),)
+    # Which pieces of a month are the false ones nobody can tell.
+    suspects = {tenant_id, archived} if like_a_real_one else {tenant_id}
+    assert {one.tenant_id for one in (await audit.verify(database)).broken} == suspects
+
+
+async def test_months_stay_backed_when_the_line_that_tells_of_them_is_archived(
+    database: Database, admin: psycopg.AsyncConnection, past: Callable[[str], Awaitable[None]], tmp_path: Path
+) -> None:
+    for month in ("2024_03", "2024_08"):
+        await past(month)
+    tenant_id = uuid.uuid4()
+    await write_at(admin, tenant_id, "2024-03-05Z", "2024-08-06Z", "now")
+    # March was archived in August.
+    keeper = await database.connect(roles.KEEPER)
+    await keeper.execute("SELECT audit_archive('2024-03-01Z', 1, '\\x01')")
+    await keeper.close()
+    await admin.execute("SET session_replication_role = replica")
+    await run(admin, "UPDATE audit_log SET at = '2024-08-05Z' WHERE tenant_id = %(t)s", t=PLATFORM)
+    await run(admin, "UPDATE audit_log l SET hash = audit_hash(l) WHERE tenant_id = %(t)s", t=PLATFORM)
+    await run(
+        admin,
+        "UPDATE audit_heads SET hash = (SELECT hash FROM audit_log WHERE tenant_id = %(t)s) WHERE tenant_id = %(t)s",
+        t=PLATFORM,
+    )
+    await admin.execute("SET session_replication_role = origin")
+    assert (await audit.verify(database)).broken == ()
+    (august,) = await audit.archive(database, tmp_path)
+    assert (august.lines, [line.resource_id for line in await lines_of(database, PLATFORM)]) == (2, ["2024-08"])
+    assert (await audit.verify(database)).broken == ()
+
+
+async def test_a_month_is_archived_once(
+    database: Database, admin: psycopg.AsyncConnection, past: Callable[[str], Awaitable[None]], tmp_path: Path
+) -> None:
+    await past(OLD)
+    await write_at(admin, uuid.uuid4(), "2024-03-05Z")
+    (done,) = await audit.archive(database, tmp_path)
+    await past(OLD)
+    await write_at(admin, uuid.uuid4(), "2024-03-06Z")
+    with pytest.raises(Conflict, match="2024-03 is archived already"):
+        await audit.archive(database, tmp_path)
+    assert hashlib.sha256(done.file.read_bytes()).hexdigest() == done.digest
+
+
+async def test_how_far_back_it_goes_is_read_from_the_oldest_month(
+    database: Database, admin: psycopg.AsyncConnection, past: Callable[[str], Awaitable[None]], address: Address
+) -> None:
+    for month in ("2024_02", "2024_03", "2024_04"):
+        await past(month)
+    one, two = uuid.uuid4(), uuid.uuid4()
+    await write_at(admin, one, "2024-03-05Z", "2024-04-05Z")
+    await write_at(admin, two, "2024-04-06Z", "now")
+    assert (await audit.retention(database, tenant_id=two)).oldest == datetime(2024, 4, 6, tzinfo=UTC)
+    assert (await audit.retention(database, tenant_id=uuid.uuid4())).oldest is None
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE ONLY audit_log_2024_04 IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(20):
+            assert (await audit.retention(database)).oldest == datetime(2024, 3, 5, tzinfo=UTC)
 
 
 async def test_a_crash_between_file_and_database_is_made_good(

@@ -14,9 +14,9 @@ from psycopg import sql
 from sqlalchemy import LargeBinary
 
 from agentvoicebox.config.errors import Conflict, NotFound
-from agentvoicebox.tenancy import domains, erasure, keys, projects, sessions, settings, tenants
+from agentvoicebox.tenancy import audit, domains, erasure, keys, projects, sessions, settings, tenants
 from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.models import Base, EventType, Tenant
+from agentvoicebox.tenancy.models import PLATFORM, Base, EventType, Tenant
 from agentvoicebox.tenancy.sessions import Event
 
 MARK = "a7f3-what-was-said"
@@ -81,6 +81,7 @@ async def fill(database: Database, admin: psycopg.AsyncConnection, tenant: Tenan
         "VALUES (%(tenant)s, 1, 'master', %(nonce)s, %(sealed)s)",
         "INSERT INTO secrets (tenant_id, kind, name, version, data_key, nonce, sealed) "
         "VALUES (%(tenant)s, 'byok', %(mark)s, 1, 1, %(nonce)s, %(sealed)s)",
+        "INSERT INTO secret_versions (tenant_id, kind, name, version) VALUES (%(tenant)s, 'byok', %(mark)s, 1)",
         "INSERT INTO usage_events (tenant_id, event_id, metric, quantity, at) "
         "VALUES (%(tenant)s, 'one', 'api_calls', 1, now())",
         "INSERT INTO usage_minutes (tenant_id, metric, minute, project_id, quantity, events) "
@@ -272,6 +273,51 @@ class TestErase:
             assert found[user] == (f"erased-{user}@invalid", "", False)
         for user in (in_both, of_ours):
             assert found[user] == (f"{MARK}-{user}@example.com", f"{MARK}{MARK}{MARK}-{user}", True)
+
+    async def test_who_belongs_to_the_platform_keeps_their_names(
+        self, database: Database, admin: psycopg.AsyncConnection, tenant: Tenant
+    ) -> None:
+        user = await person(admin, tenant)
+        await admin.execute(
+            "INSERT INTO relations (tenant_id, resource_type, resource_id, relation, subject_type, subject_id) "
+            "VALUES (%s, 'platform', 'platform', 'sysadmin', 'user', %s)",
+            (PLATFORM, str(user)),
+        )
+        await tenants.delete(database, tenant.id)
+        await erasure.erase(database, tenant.id)
+        cursor = await admin.execute("SELECT email, is_active FROM users WHERE id = %s", (user,))
+        assert await cursor.fetchone() == (f"{MARK}-{user}@example.com", True)
+
+    async def test_people_of_two_that_are_erased_at_once_lose_their_names(
+        self,
+        database: Database,
+        admin: psycopg.AsyncConnection,
+        tenant: Tenant,
+        other: Tenant,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        user = await person(admin, tenant, other)
+        for each in (tenant, other):
+            await tenants.delete(database, each.id)
+        real, reached, go_on = audit.append, asyncio.Event(), asyncio.Event()
+
+        async def slow(*arguments: Any, **more: Any) -> None:
+            await real(*arguments, **more)
+            if arguments[3] == tenant.id and not reached.is_set():
+                reached.set()
+                await go_on.wait()
+
+        monkeypatch.setattr(audit, "append", slow)
+        first = asyncio.create_task(erasure.erase(database, tenant.id))
+        await reached.wait()
+        second = asyncio.create_task(erasure.erase(database, other.id))
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        while not second.done() and await (await admin.execute(waiting)).fetchone() == (0,):
+            await asyncio.sleep(0.01)
+        go_on.set()
+        await asyncio.gather(first, second)
+        cursor = await admin.execute("SELECT email FROM users WHERE id = %s", (user,))
+        assert await cursor.fetchone() == (f"erased-{user}@invalid",)
 
     async def test_after_a_crash_it_is_finished_by_calling_it_again(
         self, database: Database, admin: psycopg.AsyncConnection, full: Tenant, monkeypatch: pytest.MonkeyPatch

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import AvbError, BadInput, NotFound, TooLarge, Unavailable
 from agentvoicebox.tenancy import audit, secrets
@@ -89,6 +93,22 @@ async def test_deleted_is_gone(database: Database, tenant: Tenant, keys: FileKey
         with pytest.raises(NotFound) as caught:
             await lost
         assert caught.value.code == "secret_not_found"
+
+
+async def test_what_was_deleted_cannot_be_put_back(
+    database: Database, tenant: Tenant, keys: FileKeys, admin: psycopg.AsyncConnection
+) -> None:
+    await secrets.put(database, keys, tenant.id, "k", "n", "leaked")
+    query = "SELECT nonce, sealed FROM secrets WHERE tenant_id = %s"
+    old = await (await admin.execute(query, (tenant.id,))).fetchone()
+    assert old is not None
+    await secrets.delete(database, tenant.id, "k", "n")
+    assert await secrets.put(database, keys, tenant.id, "k", "n", VALUE) == 2
+    assert await secrets.get(database, keys, tenant.id, "k", "n") == VALUE.encode()
+    await admin.execute("UPDATE secrets SET nonce = %s, sealed = %s WHERE tenant_id = %s", (*old, tenant.id))
+    with pytest.raises(SecretUnreadable):
+        await secrets.get(database, keys, tenant.id, "k", "n")
+    assert [one.action for one in await lines_about(database, tenant.id, "secret")] == ["create", "delete", "create"]
 
 
 async def test_each_change_is_audited_without_the_value(database: Database, tenant: Tenant, keys: FileKeys) -> None:
@@ -247,6 +267,61 @@ async def test_rotation_goes_round_what_it_cannot_open(
 
 
 @pytest.mark.usefixtures("alone")
+async def test_rotation_leaves_out_no_key_that_a_writer_holds(
+    database: Database, tenant: Tenant, keys: FileKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await secrets.put(database, keys, tenant.id, "k", "n", VALUE)
+    real, reached, go_on = audit.append, asyncio.Event(), asyncio.Event()
+
+    async def slow(session: AsyncSession, *arguments: Any, **more: Any) -> None:
+        if arguments[1] == "secret":
+            await session.flush()
+            reached.set()
+            await go_on.wait()
+        await real(session, *arguments, **more)
+
+    monkeypatch.setattr(audit, "append", slow)
+    new = keys.renew()
+    writing = asyncio.create_task(secrets.put(database, keys, tenant.id, "k", "m", VALUE))
+    await reached.wait()
+    try:
+        assert await secrets.rotate_master(database, keys) == 1
+    finally:
+        go_on.set()
+        await writing
+    async with database.system() as session:
+        assert [row.master_id for row in await session.scalars(select(DataKey))] == [new]
+    for name in ("n", "m"):
+        assert await secrets.get(database, keys, tenant.id, "k", name) == VALUE.encode()
+
+
+@pytest.mark.usefixtures("alone")
+async def test_rotation_waits_for_who_holds_a_key_in_its_way(
+    database: Database, tenant: Tenant, keys: FileKeys, admin: psycopg.AsyncConnection
+) -> None:
+    await secrets.put(database, keys, tenant.id, "k", "n", VALUE)
+    new = keys.renew()
+    async with admin.transaction():
+        await admin.execute("SELECT FROM data_keys FOR UPDATE")
+        rotating = asyncio.create_task(secrets.rotate_master(database, keys))
+        await until_somebody_waits(database, rotating)
+        assert not rotating.done()
+    assert await rotating == 1
+    async with database.system() as session:
+        assert [row.master_id for row in await session.scalars(select(DataKey))] == [new]
+
+
+async def until_somebody_waits(database: Database, for_whom: asyncio.Task[Any]) -> None:
+    """Return when a transaction waits for another one, or there is nobody who could."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    while not for_whom.done():
+        async with database.system() as session:
+            if await session.scalar(text(waiting)):
+                return
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.usefixtures("alone")
 async def test_several_rotate_and_write_at_once(
     database: Database, new_tenant: Callable[[], Awaitable[Tenant]], keys: FileKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +412,43 @@ def test_a_new_key_goes_on_top(keys: FileKeys, tmp_path: Path) -> None:
     assert keys.current()[0] == new
     assert keys.get(old[0]) == old[1]
     assert (tmp_path / "master.keys").stat().st_mode & 0o777 == 0o600
+
+
+def test_of_several_renewals_at_once_none_loses_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "master.keys"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: FileKeys(path).renew(), range(32)))
+    keys = FileKeys(path)
+    assert [len(keys.get(key_id)) for key_id in made] == [32] * 32
+
+
+def test_a_renewal_is_on_disk_by_its_name(keys: FileKeys, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, list[bool]()
+
+    def fsync(handle: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    keys.current()
+    assert synced == [False, True]
+    keys.renew()
+    assert synced == [False, True, False, True]
+
+
+def test_a_renewal_that_fails_leaves_no_key_about(
+    keys: FileKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys.current()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Unavailable):
+        keys.renew()
+    assert {each.name for each in tmp_path.iterdir()} == {"master.keys", "master.keys.lock"}
+    assert keys.current() == before
 
 
 def test_a_file_others_can_read_is_refused(keys: FileKeys, tmp_path: Path) -> None:

@@ -124,19 +124,45 @@ CREATE TRIGGER kept BEFORE INSERT OR UPDATE OR DELETE ON audit_heads FOR EACH ST
 """
 
 # A chain's members are its lines, the archived pieces, and its head, which stands where the next line will and so tells
-# whether the last one is the last. Each must begin where the one before ends, and continue its hash. When two members
-# do not fit, the earlier was rewritten, unless the next one does not continue the later one either.
+# whether the last one is the last. A piece counts when the platform's chain tells of its month, of the file's digest,
+# and of as many lines as all pieces of that month have: else a row in audit_anchors would stand for any lines. Each
+# member must begin where the one before ends, and continue its hash. When two do not fit, the earlier was rewritten,
+# unless the next one does not continue the later one either.
 VERIFY = """
+-- The months that were archived, by their names, with the lines and SHA-256 of each one's file. Each archiving tells of
+-- all before it, so that the newest line knows all of them when the older lines are archived themselves.
+CREATE FUNCTION audit_archived() RETURNS jsonb LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT coalesce((
+        SELECT l.metadata -> 'months' FROM audit_log l
+        WHERE l.tenant_id = '00000000-0000-0000-0000-000000000000' AND l.resource_type = 'audit_log'
+          AND l.metadata ? 'months'
+        ORDER BY l.seq DESC LIMIT 1
+    ), '{}');
+END;
+
 CREATE FUNCTION audit_verify(from_tenant uuid, to_tenant uuid)
 RETURNS TABLE (tenant_id uuid, lines bigint, seq bigint, at timestamptz, upto bigint, what text)
 LANGUAGE sql STABLE
 BEGIN ATOMIC
-    WITH member AS (
+    WITH told AS MATERIALIZED (
+        SELECT month.key AS month, month.value ->> 'sha256' AS digest, (month.value ->> 'lines')::bigint AS lines
+        FROM jsonb_each(audit_archived()) month
+    ),
+    backed AS MATERIALIZED (
+        SELECT a.month, a.digest
+        FROM audit_anchors a
+        GROUP BY a.month, a.digest
+        HAVING (to_char(a.month AT TIME ZONE 'UTC', 'YYYY-MM'), encode(a.digest, 'hex'), sum(a.seq - a.first + 1))
+            IN (SELECT t.month, t.digest, t.lines FROM told t)
+    ),
+    member AS (
         SELECT l.tenant_id, 2 AS kind, l.seq AS first, l.seq AS last, l.at, l.prev, l.hash,
                audit_hash(l) = l.hash AS good
         FROM audit_log l WHERE l.tenant_id BETWEEN from_tenant AND to_tenant
         UNION ALL
-        SELECT a.tenant_id, 1, a.first, a.seq, NULL, a.prev, a.hash, true
+        SELECT a.tenant_id, 1, a.first, a.seq, NULL, a.prev, a.hash,
+            EXISTS (SELECT FROM backed b WHERE b.month = a.month AND b.digest = a.digest)
         FROM audit_anchors a WHERE a.tenant_id BETWEEN from_tenant AND to_tenant
         UNION ALL
         SELECT h.tenant_id, 0, h.seq + 1, h.seq + 1, NULL, h.hash, NULL, true
@@ -159,7 +185,7 @@ BEGIN ATOMIC
                 WHEN c.kind > 0 AND (c.first <= c.before OR c.kind_before = 0) OR c.kind = 2 AND c.after = c.first
                     THEN ARRAY[c.first, c.first, 1]
                 WHEN c.first > c.before + 1 THEN ARRAY[c.before + 1, c.first - 1, 2]
-                WHEN NOT c.good THEN ARRAY[c.first, c.first, 3]
+                WHEN NOT c.good THEN ARRAY[c.first, c.last, CASE c.kind WHEN 1 THEN 7 ELSE 3 END]
                 WHEN c.prev <> c.expected AND c.good_before THEN CASE
                     WHEN c.kind_before IS NULL OR c.kind = 2 AND c.after = c.last + 1 AND c.continued <> c.hash
                         THEN ARRAY[c.first, c.first, 4]
@@ -175,7 +201,7 @@ BEGIN ATOMIC
         FROM judged j GROUP BY j.tenant_id
     )
     SELECT v.tenant_id, v.lines, v.bad[1], suspect.at, v.bad[2],
-        (ARRAY['inserted', 'missing', 'edited', 'rewritten', 'archive', 'head'])[v.bad[3]]
+        (ARRAY['inserted', 'missing', 'edited', 'rewritten', 'archive', 'head', 'unbacked'])[v.bad[3]]
     FROM verdict v
     LEFT JOIN LATERAL (
         -- Of two lines with one number the false one is that which the next does not continue.
@@ -236,6 +262,7 @@ DECLARE
     name text := 'audit_log_' || to_char(month, 'YYYY_MM');
     bad record;
     counted bigint;
+    told jsonb := jsonb_build_object('lines', lines, 'sha256', encode(digest, 'hex'));
 BEGIN
     IF month <> date_trunc('month', month) OR month + interval '1 month' > now() - interval '90 days' THEN
         RAISE EXCEPTION 'the audit log is kept for 90 days' USING ERRCODE = 'AV004';
@@ -268,7 +295,8 @@ BEGIN
     END IF;
     INSERT INTO public.audit_log (tenant_id, actor_type, action, resource_type, resource_id, description, metadata)
     VALUES ('00000000-0000-0000-0000-000000000000', 'system', 'delete', 'audit_log', to_char(month, 'YYYY-MM'),
-        'archived a month of audit', jsonb_build_object('lines', lines, 'sha256', encode(digest, 'hex')));
+        'archived a month of audit', told || jsonb_build_object('months', public.audit_archived()
+            || jsonb_build_object(to_char(month, 'YYYY-MM'), told)));
     EXECUTE format('DROP TABLE public.%I', name);
 END $$;
 """
@@ -297,7 +325,8 @@ def upgrade() -> None:
         "audit_words(text, text, text)": "avb_app, avb_system",
         "audit_text(audit_log)": "avb_app, avb_system, avb_keeper",
         "audit_hash(audit_log)": "avb_app, avb_system",
-        "audit_verify(uuid, uuid)": "avb_app, avb_system",
+        "audit_archived()": "avb_system",
+        "audit_verify(uuid, uuid)": "avb_system",
         "audit_months(integer)": "avb_system, avb_keeper",
         "audit_archive(timestamptz, bigint, bytea)": "avb_keeper",
     }
@@ -313,6 +342,7 @@ def downgrade() -> None:
         "audit_archive(timestamptz, bigint, bytea)",
         "audit_months(integer)",
         "audit_verify(uuid, uuid)",
+        "audit_archived()",
         "audit_hash(audit_log)",
         "audit_text(audit_log)",
     ):

@@ -19,6 +19,14 @@ CREATE TABLE data_keys (
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (tenant_id, version)
 );
+-- The newest version there ever was, also of what is deleted: no version is given twice.
+CREATE TABLE secret_versions (
+    tenant_id uuid NOT NULL REFERENCES tenants,
+    kind varchar(50) NOT NULL,
+    name varchar(100) NOT NULL,
+    version integer NOT NULL,
+    PRIMARY KEY (tenant_id, kind, name)
+);
 CREATE TABLE secrets (
     tenant_id uuid NOT NULL REFERENCES tenants,
     kind varchar(50) NOT NULL,
@@ -39,14 +47,16 @@ CREATE TABLE secrets (
 
 def upgrade() -> None:
     op.execute(TABLES)
-    for table in ("data_keys", "secrets"):
+    for table in ("data_keys", "secret_versions", "secrets"):
         protect(table)
     grant("data_keys", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
     grant("secrets", avb_app="SELECT, INSERT, DELETE", avb_system="SELECT", avb_keeper="SELECT, DELETE")
+    grant("secret_versions", avb_app="SELECT, INSERT, UPDATE (version)", avb_system="SELECT")
+    grant("secret_versions", avb_keeper="SELECT, DELETE")
     # An envelope may be renewed; what it belongs to stays.
     op.execute("GRANT UPDATE (master_id, nonce, wrapped) ON data_keys TO avb_system")
     op.execute("GRANT UPDATE (data_key, nonce, sealed, updated_at) ON secrets TO avb_app")
 
 
 def downgrade() -> None:
-    op.execute("DROP TABLE secrets, data_keys")
+    op.execute("DROP TABLE secrets, secret_versions, data_keys")
