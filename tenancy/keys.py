@@ -177,14 +177,14 @@ async def update(
         changes["rate_limit_tier"] = chosen(rate_class, "rate_class", RateClass)
     wanted = None if scopes is None else _scopes(scopes)
     async with database.tenant(tenant_id) as session:
+        if project_id is not None:
+            changes["project_id"] = await _project(session, project_id)  # before the key: see _hold_project
         key = await _locked(session, tenant_id, key_id)
         if key.revoked_at is not None:
             raise Conflict("This key has been revoked and stays as it is; issue a new one.", param="key_id")
         if wanted is not None:
             _check_granter([scope for scope in wanted if scope not in key.scopes], granter)
             changes["scopes"] = [scope.value for scope in wanted]
-        if project_id is not None:
-            changes["project_id"] = await _project(session, project_id)
         old = _told(key)
         for column, value in changes.items():
             setattr(key, column, value)
@@ -224,6 +224,7 @@ async def rotate(
     secret = PREFIX + secrets.token_urlsafe(32)
     async with database.tenant(tenant_id) as session:
         await _check_tenant(session, tenant_id)
+        await _hold_project(session, key_id)
         old = await _locked(session, tenant_id, key_id)
         now = (await session.execute(select(func.clock_timestamp()))).scalar_one()
         _check_rotatable(old, status(old, now))
@@ -371,6 +372,15 @@ async def _project(session: AsyncSession, project_id: uuid.UUID | None) -> uuid.
     if found is None:
         raise NotFound("There is no such project.", param="project_id")
     return found
+
+
+async def _hold_project(session: AsyncSession, key_id: uuid.UUID) -> None:
+    """Keep the key's project from being deleted before the transaction ends.
+
+    Whoever deletes a project locks it before its keys, and so must others, or each could wait for the other.
+    """
+    of = select(ApiKey.project_id).where(ApiKey.id == key_id).scalar_subquery()
+    await session.execute(select(Project.id).where(Project.id == of).with_for_update(read=True, key_share=True))
 
 
 async def _locked(session: AsyncSession, tenant_id: uuid.UUID, key_id: uuid.UUID) -> ApiKey:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import Conflict, NotFound
-from agentvoicebox.tenancy import audit, pages
+from agentvoicebox.tenancy import audit, pages, tenants
 from agentvoicebox.tenancy.checks import chosen, document, words
 from agentvoicebox.tenancy.database import Database, sqlstate
 from agentvoicebox.tenancy.models import (
@@ -29,8 +29,10 @@ from agentvoicebox.tenancy.models import (
 )
 from agentvoicebox.tenancy.pages import Page
 
+MOST_ENVIRONMENTS = 20
+"""Of one project."""
+
 _UNIQUE_VIOLATION = "23505"
-_FOREIGN_KEY_VIOLATION = "23503"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +52,24 @@ async def create(
     environment: str = Environment.DEVELOPMENT,
     config: Mapping[str, Any] | None = None,
 ) -> Project:
-    """Make a project. Raises `BadInput`, `NotFound`, `Forbidden` when the tenant may have no more."""
+    """Make a project.
+
+    Raises `BadInput`, `NotFound`, `Forbidden` when the tenant may have no more, `Conflict` when it is erased.
+    """
     project = Project(
         id=uuid.uuid4(),
         name=words(name, "name", 1, 255),
         environment=chosen(environment, "environment", Environment),
         config=document(config or {}, "config"),
     )
-    try:
-        async with database.tenant(tenant_id) as session:
-            session.add(project)
-            await session.flush()
-            await session.refresh(project)
-            await audit.append(
-                session, Action.CREATE, "project", project.id, f"Made the project {name}", new=_shown(project)
-            )
-    except IntegrityError as error:
-        if sqlstate(error) != _FOREIGN_KEY_VIOLATION:
-            raise
-        raise NotFound("There is no such tenant.", code="tenant_not_found") from error
+    async with database.tenant(tenant_id) as session:
+        await tenants.lock(session, tenant_id)
+        session.add(project)
+        await session.flush()
+        await session.refresh(project)
+        await audit.append(
+            session, Action.CREATE, "project", project.id, f"Made the project {name}", new=_shown(project)
+        )
     return project
 
 
@@ -161,7 +162,10 @@ async def add_environment(
     name: str,
     config: Mapping[str, Any] | None = None,
 ) -> ProjectEnvironment:
-    """Add a place where the project runs. Raises `BadInput`, `NotFound`, `Conflict` for a name it has already."""
+    """Add a place where the project runs.
+
+    Raises `BadInput`, `NotFound`, `Conflict` for a name it has already, or when it has 20.
+    """
     made = ProjectEnvironment(
         id=uuid.uuid4(),
         project_id=project_id,
@@ -170,14 +174,21 @@ async def add_environment(
     )
     try:
         async with database.tenant(tenant_id) as session:
+            # One at a time, so that the count holds; what refers to the project can be made meanwhile.
+            mine = select(Project).where(Project.id == project_id).with_for_update(key_share=True)
+            _known((await session.execute(mine)).scalar_one_or_none())
+            count = select(func.count()).where(ProjectEnvironment.project_id == project_id)
+            if (await session.execute(count)).scalar_one() >= MOST_ENVIRONMENTS:
+                raise Conflict(
+                    f"A project has at most {MOST_ENVIRONMENTS} environments; another project can have more.",
+                    code="too_many_environments",
+                )
             session.add(made)
             await session.flush()
             await session.refresh(made)
             new = {"project_id": project_id, "name": name, "config": made.config}
             await audit.append(session, Action.CREATE, "environment", made.id, f"Added {name}", new=new)
     except IntegrityError as error:
-        if sqlstate(error) == _FOREIGN_KEY_VIOLATION:
-            raise NotFound("There is no such project.", param="project_id") from error
         if sqlstate(error) != _UNIQUE_VIOLATION:
             raise
         raise Conflict(f"The project has an environment {name!r} already.", param="name") from error
@@ -236,7 +247,12 @@ async def deployments(
 
 
 async def _place(session: AsyncSession, environment_id: uuid.UUID) -> ProjectEnvironment:
-    """The environment, locked: of two deployments at once one comes after the other."""
+    """The environment, locked: of two deployments at once one comes after the other.
+
+    Whoever removes a project locks it before its environments, and so must this, or each could wait for the other.
+    """
+    of = select(ProjectEnvironment.project_id).where(ProjectEnvironment.id == environment_id).scalar_subquery()
+    await session.execute(select(Project.id).where(Project.id == of).with_for_update(read=True, key_share=True))
     query = select(ProjectEnvironment).where(ProjectEnvironment.id == environment_id).with_for_update(key_share=True)
     found = (await session.execute(query)).scalar_one_or_none()
     if found is None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Select, String, cast, exists, func, select, text, update
+from sqlalchemy import Select, String, cast, exists, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, Conflict, Forbidden, NotFound
-from agentvoicebox.tenancy import audit, checks, pages, permissions
+from agentvoicebox.tenancy import audit, checks, pages, permissions, tenants
 from agentvoicebox.tenancy.database import Database, sqlstate
 from agentvoicebox.tenancy.models import (
     Action,
@@ -43,10 +43,7 @@ LASTS = timedelta(days=7)
 ROLES = tuple(role for role in Role if role is not Role.SYSADMIN)
 """What a tenant may give; sysadmins are the platform's."""
 
-_TEAM_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant || 'team', 0))")
-
 _UNIQUE_VIOLATION = "23505"
-_FOREIGN_KEY_VIOLATION = "23503"
 
 _log = logging.getLogger(__name__)
 
@@ -125,13 +122,13 @@ async def add(
 ) -> None:
     """Make somebody a member without asking them, as a new tenant's first administrator.
 
-    Raises `BadInput`, `NotFound`, `Forbidden` (`tenant_limit_exceeded`), and `Conflict` when they are one already.
+    Raises `BadInput`, `NotFound`, `Forbidden` (`tenant_limit_exceeded`), and `Conflict` when they are one already or
+    the tenant is erased.
     """
     given = _given(role)
     async with database.system() as session:
-        await _lock(session, tenant_id)
-        if await session.get(Tenant, tenant_id) is None:
-            raise NotFound("There is no such tenant.", code="tenant_not_found")
+        await store.lock(session, tenant_id)
+        await tenants.lock(session, tenant_id)
         if await session.get(User, user_id) is None:
             raise NotFound("There is no such person.", code="user_not_found")
         if not await _join(session, tenant_id, user_id, given, invited_by):
@@ -144,8 +141,8 @@ async def invite(
 ) -> Invited:
     """Ask somebody to join; whoever calls this sends them the token.
 
-    Raises `BadInput`, `Conflict` for a member or somebody asked already, `Forbidden` (`tenant_limit_exceeded`) when
-    members and those asked are as many as the plan allows.
+    Raises `BadInput`, `NotFound`, `Conflict` for a member or somebody asked already or an erased tenant, `Forbidden`
+    (`tenant_limit_exceeded`) when members and those asked are as many as the plan allows.
     """
     address, given = checks.email(email), _given(role)
     token, digest = _token()
@@ -160,6 +157,7 @@ async def invite(
     )
     try:
         async with database.tenant(tenant_id) as session:
+            await tenants.lock(session, tenant_id)
             # Only one that may still be accepted stands in the way of another.
             await session.execute(
                 update(Invitation)
@@ -182,8 +180,6 @@ async def invite(
                 new={"email": address, "role": given.value},
             )
     except IntegrityError as error:
-        if sqlstate(error) == _FOREIGN_KEY_VIOLATION:
-            raise NotFound("There is no such tenant.", code="tenant_not_found") from error
         if sqlstate(error) != _UNIQUE_VIOLATION:
             raise
         raise Conflict("They have been asked already; send it again instead.", code="invitation_exists") from error
@@ -286,7 +282,7 @@ async def change_role(database: Database, tenant_id: uuid.UUID, user_id: uuid.UU
     """
     given = _given(role)
     async with database.tenant(tenant_id) as session:
-        await _lock(session, tenant_id)
+        await store.lock(session, tenant_id)
         await _member(session, tenant_id, user_id)
         before = (await _roles(session, tenant_id, [user_id])).get(user_id, frozenset()) - {Role.SYSADMIN}
         if before == {given}:
@@ -304,7 +300,7 @@ async def remove(database: Database, tenant_id: uuid.UUID, user_id: uuid.UUID) -
     The row stays, as evidence of who it was. Raises `NotFound`, and `Conflict` (`last_admin`).
     """
     async with database.tenant(tenant_id) as session:
-        await _lock(session, tenant_id)
+        await store.lock(session, tenant_id)
         found = await session.get(Member, (tenant_id, user_id))
         if found is None:
             raise _no_member()
@@ -345,6 +341,7 @@ async def _join(
     session: AsyncSession, tenant_id: uuid.UUID, user_id: uuid.UUID, role: Role, invited_by: uuid.UUID | None
 ) -> bool:
     """Make somebody a member with that role; False when they were one, and then they have the role as well."""
+    await store.lock(session, tenant_id)
     before = await session.get(Member, (tenant_id, user_id))
     new = before is None or before.status is not MemberStatus.ACTIVE
     if new:
@@ -455,11 +452,6 @@ async def _locked(session: AsyncSession, tenant_id: uuid.UUID, invitation_id: uu
     if found is None:
         raise NotFound("There is no such invitation.", code="invitation_not_found")
     return found
-
-
-async def _lock(session: AsyncSession, tenant_id: uuid.UUID) -> None:
-    """One change of a team at a time, until its transaction ends: two administrators could else remove each other."""
-    await session.execute(_TEAM_LOCK, {"tenant": str(tenant_id)})
 
 
 def _given(role: str) -> Role:

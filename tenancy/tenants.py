@@ -235,7 +235,7 @@ async def update(
     apart = _limits(limits or {})
     extras = _extras(settings or {})
     async with database.system() as session:
-        tenant = await _locked(session, tenant_id)
+        tenant = await lock(session, tenant_id)
         if tenant.status == TenantStatus.DELETED:
             raise Conflict("The tenant is deleted; activate it first.", code="tenant_deleted")
         before = _shown(tenant)
@@ -262,10 +262,11 @@ async def describe(
     email: str | None = None,
     timezone: str | None = None,
 ) -> Tenant:
-    """Change what a tenant says of itself, as its own administrators may. Raises `BadInput`, `NotFound`."""
+    """Change what a tenant says of itself, as its own administrators may. Raises `BadInput`, `NotFound`, `Conflict`
+    for one that is erased."""
     values = _profile(name=name, email=email, timezone=timezone)
     async with database.tenant(tenant_id) as session:
-        tenant = await _locked(session, tenant_id)
+        tenant = await lock(session, tenant_id)
         await _changed(session, tenant, values, _shown(tenant))
     return tenant
 
@@ -308,6 +309,19 @@ async def delete(database: Database, tenant_id: uuid.UUID) -> Tenant:
     return await _turn(database, tenant_id, before, values, "tenant_deleted", "Deleted")
 
 
+async def lock(session: AsyncSession, tenant_id: uuid.UUID) -> Tenant:
+    """The tenant, which nobody else changes, and nobody begins to erase, before the transaction ends.
+
+    Raises `NotFound`, and `Conflict` (`tenant_erased`): what is erased gets no names again.
+    """
+    # Not the strongest lock: what refers to the tenant can be made meanwhile.
+    query = select(Tenant).where(Tenant.id == tenant_id).with_for_update(key_share=True)
+    tenant = _known((await session.execute(query)).scalar_one_or_none())
+    if tenant.erased_at is not None:
+        raise Conflict("The tenant's data are erased, or about to be; make a new one.", code="tenant_erased")
+    return tenant
+
+
 async def _turn(
     database: Database,
     tenant_id: uuid.UUID,
@@ -318,10 +332,8 @@ async def _turn(
 ) -> Tenant:
     """Bring a tenant from one of the states `before` to another, with everything that follows from it."""
     async with database.system() as session:
-        tenant = await _locked(session, tenant_id)
+        tenant = await lock(session, tenant_id)
         old = tenant.status
-        if tenant.erased_at is not None:
-            raise Conflict("The tenant's data are erased, or about to be; make a new one.", code="tenant_erased")
         if old not in before:
             raise Conflict(f"The tenant is {old}; it must be {' or '.join(before)} for this.", param="status")
         await session.execute(change(Tenant).where(Tenant.id == tenant_id).values(values))
@@ -340,12 +352,6 @@ async def _turn(
         )
     _log.info("%s tenant_id=%s", event, tenant_id)
     return tenant
-
-
-async def _locked(session: AsyncSession, tenant_id: uuid.UUID) -> Tenant:
-    # Not the strongest lock: what refers to the tenant can be made meanwhile.
-    query = select(Tenant).where(Tenant.id == tenant_id).with_for_update(key_share=True)
-    return _known((await session.execute(query)).scalar_one_or_none())
 
 
 async def _changed(session: AsyncSession, tenant: Tenant, values: Mapping[str, Any], before: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
-from sqlalchemy import Row, delete, event, select, tuple_
+from sqlalchemy import Row, delete, event, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -31,6 +31,7 @@ _COLUMNS = (
 )
 _AT_ONCE = 2_000
 """Rows: few enough that nobody waits long for the event loop meanwhile."""
+_TEAM_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:tenant || 'team', 0))")
 
 
 class Cache(Protocol):
@@ -66,11 +67,21 @@ async def about(session: AsyncSession, tenant_id: uuid.UUID, subject: Subject) -
     return [_relationship(row) for row in await session.execute(query)]
 
 
+async def lock(session: AsyncSession, tenant_id: uuid.UUID) -> None:
+    """One change of a team and of what it may at a time, until its transaction ends.
+
+    Else two administrators could remove each other, or somebody be given a role while they are removed. It comes before
+    the lock of the tenant's limits and that of its audit log, so that no two wait for each other.
+    """
+    await session.execute(_TEAM_LOCK, {"tenant": str(tenant_id)})
+
+
 async def put(session: AsyncSession, tenant_id: uuid.UUID, relationships: Iterable[Relationship]) -> None:
     """Make these stand; those that do already are left as they are. Raises `BadInput`, and then nothing may be kept."""
     wanted = list(dict.fromkeys(relationships))
     for each in wanted:
         rules.check(tenant_id, each)
+    await lock(session, tenant_id)
     await _known(session, tenant_id, wanted)
     new: list[Relationship] = []
     for start in range(0, len(wanted), _AT_ONCE):
@@ -84,6 +95,7 @@ async def put(session: AsyncSession, tenant_id: uuid.UUID, relationships: Iterab
 
 async def remove(session: AsyncSession, tenant_id: uuid.UUID, relationships: Iterable[Relationship]) -> None:
     """Make these not stand."""
+    await lock(session, tenant_id)
     unwanted = [tuple(_row(tenant_id, each).values())[1:] for each in relationships]
     for start in range(0, len(unwanted), _AT_ONCE):
         some = unwanted[start : start + _AT_ONCE]
@@ -92,6 +104,7 @@ async def remove(session: AsyncSession, tenant_id: uuid.UUID, relationships: Ite
 
 async def remove_subject(session: AsyncSession, tenant_id: uuid.UUID, subject: Subject) -> None:
     """Take everything from this subject that the tenant's relationships give it."""
+    await lock(session, tenant_id)
     await _delete(session, tenant_id, _naming(tenant_id, subject))
 
 
@@ -104,7 +117,10 @@ async def _delete(session: AsyncSession, tenant_id: uuid.UUID, which: Sequence[A
 
 
 async def _known(session: AsyncSession, tenant_id: uuid.UUID, relationships: Sequence[Relationship]) -> None:
-    """People are members of the tenant. That also refuses an identity provider's name for somebody (FLW-17)."""
+    """People are members of the tenant, whose team is locked: nobody leaves it before the transaction ends.
+
+    That also refuses an identity provider's name for somebody (FLW-17).
+    """
     subjects = {each.subject for each in relationships if each.subject.type == "user"}
     people = {rules.person(subject) for subject in subjects if subject.id != EVERYBODY}
     if not people:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -246,6 +247,21 @@ async def admin(database: Database) -> AsyncIterator[psycopg.AsyncConnection]:
     """The superuser, who sees through everything."""
     connection = await database.connect(roles.ADMIN)
     yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def blocked(database: Database) -> AsyncIterator[Callable[[int], Awaitable[None]]]:
+    """Wait until that many of the module's transactions wait for locks of others."""
+    connection = await database.connect(roles.ADMIN)
+
+    async def wait(most: int) -> None:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        async with asyncio.timeout(30):
+            while (await (await connection.execute(query)).fetchone()) != (most,):
+                await asyncio.sleep(0.01)
+
+    yield wait
     await connection.close()
 
 

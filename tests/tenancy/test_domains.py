@@ -133,6 +133,29 @@ async def test_of_many_who_choose_at_once_one_stands(database: Database, tenant:
     assert [each.is_primary for each in listed.items].count(True) == 1
 
 
+async def test_a_tenant_claims_twenty_at_most(database: Database, tenant: Tenant, other: Tenant, name: str) -> None:
+    results = await asyncio.gather(
+        *(domains.add(database, tenant.id, f"d{number}.{name}") for number in range(25)), return_exceptions=True
+    )
+    refused = [each for each in results if isinstance(each, Conflict)]
+    assert [each.code for each in refused] == ["too_many_domains"] * 5
+    listed = await domains.list_(database, tenant.id)
+    assert listed.total == domains.MOST == 20
+    await domains.add(database, other.id, name)
+    await domains.remove(database, tenant.id, listed.items[0].id)
+    assert (await domains.add(database, tenant.id, name)).domain == name
+
+
+async def test_to_choose_one_touches_no_other(
+    database: Database, tenant: Tenant, admin: psycopg.AsyncConnection, name: str
+) -> None:
+    mine, another = [await domains.add(database, tenant.id, f"{label}.{name}") for label in ("a", "b")]
+    await domains.verify(database, tenant.id, mine.id, Dns(mine))
+    async with admin.transaction():
+        await admin.execute("SELECT FROM tenant_domains WHERE id = %s FOR UPDATE", (another.id,))
+        assert (await domains.set_primary(database, tenant.id, mine.id)).is_primary
+
+
 async def test_another_tenants_claim_is_not_there(database: Database, tenant: Tenant, other: Tenant, name: str) -> None:
     claim = await domains.add(database, tenant.id, name)
     for attempt in (

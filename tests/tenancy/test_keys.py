@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, text
 
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Forbidden, NotFound, Refused, Unavailable
-from agentvoicebox.tenancy import audit, keys, tenants
+from agentvoicebox.tenancy import audit, keys, projects, tenants
 from agentvoicebox.tenancy.audit import Actor
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
@@ -29,6 +29,7 @@ from agentvoicebox.tenancy.models import ActorType, ApiKey, AuditEntry, Project,
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
+Blocked = Callable[[int], Awaitable[None]]
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=100)
 
 
@@ -442,6 +443,33 @@ async def test_of_many_rotations_at_once_one_wins(database: Database, tenant: Te
     assert len([one for one in results if isinstance(one, Issued)]) == 1
     assert {type(one) for one in results} == {Issued, Conflict}
     assert await count(database, tenant) == 2
+
+
+@pytest.mark.parametrize("revoke", [False, True])
+@pytest.mark.parametrize("change", ["rotate", "update"])
+async def test_a_change_and_the_end_of_the_project_come_one_after_the_other(
+    database: Database, tenant: Tenant, admin: psycopg.AsyncConnection, blocked: Blocked, change: str, revoke: bool
+) -> None:
+    project_id = await new_project(database, tenant)
+    key = await keys.issue(database, tenant.id, "a key", project_id=project_id)
+    async with admin.transaction():
+        await admin.execute("SELECT FROM api_keys WHERE id = %s FOR UPDATE", (key.id,))
+        changing = asyncio.create_task(
+            _done(keys.rotate(database, tenant.id, key.id))
+            if change == "rotate"
+            else _done(keys.update(database, tenant.id, key.id, name="another", project_id=project_id))
+        )
+        await blocked(1)
+        deleting = asyncio.create_task(projects.delete(database, tenant.id, project_id, revoke_keys=revoke))
+        await blocked(2)
+    await asyncio.gather(changing, deleting)
+    left = (await keys.list_(database, tenant.id)).items
+    assert [each.project_id for each in left] == [None] * (2 if change == "rotate" else 1)
+    assert {each.revoked_at is not None for each in left} == {revoke}
+
+
+async def _done(change: Awaitable[object]) -> None:
+    await change
 
 
 async def test_rotation_fills_no_limit_and_passes_none(database: Database) -> None:

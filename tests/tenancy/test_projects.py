@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import select, text
 
@@ -189,6 +191,44 @@ class TestDeployments:
         done = await projects.deploy(database, tenant.id, here.id, "1")
         with pytest.raises(NotFound):
             await projects.promote(database, tenant.id, done.id, there.id)
+
+    @pytest.mark.parametrize("again", [False, True])
+    async def test_a_deployment_and_the_projects_end_come_one_after_the_other(
+        self,
+        database: Database,
+        tenant: Tenant,
+        project: Project,
+        admin: psycopg.AsyncConnection,
+        blocked: Callable[[int], Awaitable[None]],
+        again: bool,
+    ) -> None:
+        place = await projects.add_environment(database, tenant.id, project.id, "live")
+        first = await projects.deploy(database, tenant.id, place.id, "1")
+        async with admin.transaction():
+            await admin.execute("SELECT FROM environments WHERE id = %s FOR UPDATE", (place.id,))
+            deploying = asyncio.create_task(
+                projects.promote(database, tenant.id, first.id, place.id)
+                if again
+                else projects.deploy(database, tenant.id, place.id, "2")
+            )
+            await blocked(1)
+            deleting = asyncio.create_task(projects.delete(database, tenant.id, project.id))
+            await blocked(2)
+        assert (await deploying).environment_id == place.id
+        assert await deleting == 0
+        async with database.tenant(tenant.id) as session:
+            assert await session.scalar(text("SELECT count(*) FROM deployments")) == 0
+
+    async def test_a_project_has_twenty_at_most(self, database: Database, tenant: Tenant, project: Project) -> None:
+        results = await asyncio.gather(
+            *(projects.add_environment(database, tenant.id, project.id, str(number)) for number in range(25)),
+            return_exceptions=True,
+        )
+        refused = [each for each in results if isinstance(each, Conflict)]
+        assert [each.code for each in refused] == ["too_many_environments"] * 5
+        assert (await projects.environments(database, tenant.id, project.id)).total == projects.MOST_ENVIRONMENTS == 20
+        another = await projects.create(database, tenant.id, "Another")
+        assert (await projects.add_environment(database, tenant.id, another.id, "live")).name == "live"
 
     async def test_of_many_at_once_one_counts(self, database: Database, tenant: Tenant, project: Project) -> None:
         place = await projects.add_environment(database, tenant.id, project.id, "live")

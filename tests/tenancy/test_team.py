@@ -15,10 +15,11 @@ from agentvoicebox.tenancy import team, users
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import InvitationStatus, MemberStatus, Role, Tenant, User
-from agentvoicebox.tenancy.permissions import Relations, Relationship, resource, store, user
+from agentvoicebox.tenancy.permissions import Relations, Relationship, resource, role, store, user
 from agentvoicebox.tenancy.team import Invited
 
 NewPerson = Callable[..., Awaitable[User]]
+Blocked = Callable[[int], Awaitable[None]]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,11 @@ async def boss(person: NewPerson, tenant: Tenant) -> User:
 
 async def limit(admin: psycopg.AsyncConnection, tenant: Tenant, most: int) -> None:
     await admin.execute("UPDATE tenants SET max_users = %s WHERE id = %s", (most, tenant.id))
+
+
+async def hold_audit(admin: psycopg.AsyncConnection, tenant: Tenant) -> None:
+    """Let nobody write the tenant's next line of audit before the transaction ends."""
+    await admin.execute("SELECT FROM audit_heads WHERE tenant_id = %s FOR UPDATE", (tenant.id,))
 
 
 async def expire(admin: psycopg.AsyncConnection, invited: Invited) -> None:
@@ -389,6 +395,93 @@ async def test_two_administrators_cannot_remove_each_other(
     assert sum(isinstance(each, Conflict) for each in results) == 1
     left = (await team.list_(database, tenant.id)).items
     assert sum(Role.ADMIN in member.roles for member in left) == 1
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+async def test_whoever_is_removed_is_given_nothing_meanwhile(
+    database: Database,
+    tenant: Tenant,
+    person: NewPerson,
+    relations: Relations,
+    admin: psycopg.AsyncConnection,
+    blocked: Blocked,
+    removed_first: bool,
+) -> None:
+    leaving = await person(tenant)
+
+    def remove() -> Awaitable[None]:
+        return team.remove(database, tenant.id, leaving.id)
+
+    def write() -> Awaitable[None]:
+        return relations.write(tenant.id, [role(tenant.id, Role.DEVELOPER, leaving.id)])
+
+    async with admin.transaction():
+        await hold_audit(admin, tenant)
+        first, second = (remove, write) if removed_first else (write, remove)
+        both = [asyncio.ensure_future(first())]
+        await blocked(1)
+        both.append(asyncio.ensure_future(second()))
+        await blocked(2)
+    results = await asyncio.gather(*both, return_exceptions=True)
+    assert [type(each) for each in results] == [type(None), BadInput if removed_first else type(None)]
+    assert (await team.get(database, tenant.id, leaving.id)).status is MemberStatus.REMOVED
+    assert await team.roles(database, tenant.id, leaving.id) == frozenset()
+
+
+async def test_a_change_of_role_and_the_same_relation_come_one_after_the_other(
+    database: Database,
+    tenant: Tenant,
+    person: NewPerson,
+    relations: Relations,
+    admin: psycopg.AsyncConnection,
+    blocked: Blocked,
+) -> None:
+    member = await person(tenant)
+    async with admin.transaction():
+        await hold_audit(admin, tenant)
+        changing = asyncio.create_task(team.change_role(database, tenant.id, member.id, "developer"))
+        await blocked(1)
+        writing = asyncio.create_task(relations.write(tenant.id, [role(tenant.id, Role.DEVELOPER, member.id)]))
+        await blocked(2)
+    await asyncio.gather(changing, writing)
+    assert await team.roles(database, tenant.id, member.id) == {Role.DEVELOPER}
+
+
+async def test_the_same_relations_in_another_order_come_one_after_the_other(
+    database: Database,
+    tenant: Tenant,
+    boss: User,
+    relations: Relations,
+    admin: psycopg.AsyncConnection,
+    blocked: Blocked,
+) -> None:
+    several = [Relationship(resource("project", uuid.uuid4()), "viewer", user(boss.id)) for _ in range(3)]
+    async with admin.transaction(force_rollback=True):
+        await admin.execute(
+            "INSERT INTO relations (tenant_id, resource_type, resource_id, relation, subject_type, subject_id) "
+            "VALUES (%s, 'project', %s, 'viewer', 'user', %s)",
+            (tenant.id, several[1].resource.id, str(boss.id)),
+        )
+        writing = [asyncio.create_task(relations.write(tenant.id, order)) for order in (several, several[::-1])]
+        await blocked(2)
+    await asyncio.gather(*writing)
+    for each in several:
+        assert await relations.check(tenant.id, each.resource, "view", user(boss.id))
+
+
+async def test_two_who_join_come_one_after_the_other(
+    database: Database, tenant: Tenant, person: NewPerson, admin: psycopg.AsyncConnection, blocked: Blocked
+) -> None:
+    invitee, added = await person(), await person()
+    invited = await team.invite(database, tenant.id, invitee.email, "viewer")
+    async with admin.transaction():
+        await admin.execute("SELECT quota_lock(%s)", (tenant.id,))
+        accepting = asyncio.create_task(team.accept(database, invited.token, invitee.id, email_verified=True))
+        await blocked(1)
+        adding = asyncio.create_task(team.add(database, tenant.id, added.id, "viewer"))
+        await blocked(2)
+    await asyncio.gather(accepting, adding)
+    assert {each.user_id for each in (await team.list_(database, tenant.id)).items} == {invitee.id, added.id}
 
 
 async def test_usr_13_whoever_is_removed_may_nothing_and_is_remembered(

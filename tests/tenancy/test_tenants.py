@@ -12,7 +12,18 @@ import pytest
 from sqlalchemy import select
 
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Forbidden, NotFound
-from agentvoicebox.tenancy import keys, sessions, settings, tenants, voices
+from agentvoicebox.tenancy import (
+    domains,
+    erasure,
+    keys,
+    projects,
+    sessions,
+    settings,
+    team,
+    tenants,
+    users,
+    voices,
+)
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Keyring
@@ -340,6 +351,25 @@ class TestUpdate:
         ):
             with pytest.raises(NotFound):
                 await attempt
+
+
+async def test_what_is_erased_gets_no_names_again(database: Database, tenant: Tenant) -> None:
+    person = await users.create(database, f"{uuid.uuid4().hex}@example.com")
+    await tenants.delete(database, tenant.id)
+    await erasure.erase(database, tenant.id)
+    for attempt in (
+        tenants.describe(database, tenant.id, name="Its name", email="its@own.example"),
+        tenants.update(database, tenant.id, name="Its name"),
+        projects.create(database, tenant.id, "Its name"),
+        domains.add(database, tenant.id, "its-name.example"),
+        team.add(database, tenant.id, person.id, "admin"),
+        team.invite(database, tenant.id, person.email, "admin"),
+    ):
+        with pytest.raises(Conflict) as caught:
+            await attempt
+        assert caught.value.code == "tenant_erased"
+    found = await tenants.summary(database, tenant.id)
+    assert (found.tenant.name, found.tenant.email, found.projects, found.users) == ("Erased", "", 0, 0)
 
 
 class TestStates:
