@@ -119,6 +119,9 @@ async def list_tenants(
 async def create_tenant(request: Request, store: Store) -> TenantDetail:
     """Make a tenant with the limits of its tier, its first project, its settings and its voice."""
     wanted = await schemas.read(request, NewTenant)
+    platform = request.app.state.base
+    if wanted.domain is not None:
+        domains.checked(wanted.domain, platform)  # nothing is made of half a request
     made = await tenants.create(
         store,
         wanted.slug,
@@ -129,7 +132,7 @@ async def create_tenant(request: Request, store: Store) -> TenantDetail:
         parent_id=wanted.parent_id,
     )
     if wanted.domain is not None:
-        await domains.add(store, made.id, wanted.domain)
+        await domains.add(store, made.id, wanted.domain, platform=platform)
     return TenantDetail.model_validate(made)
 
 

@@ -91,7 +91,7 @@ def create(
     app.state.keyring = keyring
     app.state.base = base
     app.state.hosts = {}
-    app.state.checks = {"db": ask_store, **(checks or {})}
+    app.state.readiness = health.Readiness({"db": ask_store, **(checks or {})})
     app.state.resolver = resolver or domains.NoResolver()
     app.state.gateway = None
     for router in ROUTERS:

@@ -59,7 +59,9 @@ async def list_domains(visit: Visiting, store: Store, paging: Paged) -> Listing[
 async def claim_domain(request: Request, visit: Visiting, store: Store) -> Domain:
     """Claim a host name."""
     wanted = await schemas.read(request, NewDomain)
-    return Domain.model_validate(await domains.add(store, visit.tenant_id, wanted.domain))
+    return Domain.model_validate(
+        await domains.add(store, visit.tenant_id, wanted.domain, platform=request.app.state.base)
+    )
 
 
 @router.post("/{domain_id:uuid}/verify", dependencies=auth.may("tenant.administrate"))

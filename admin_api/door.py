@@ -75,12 +75,14 @@ class Door:
             try:
                 _check_text(scope)
                 secret = _secret(scope["headers"], scope["query_string"])
-                visit.principal = self._keyring.known(secret) if secret is not None else None
+                if secret is not None:
+                    operator = self._operator and keys.same_key(secret, self._operator)
+                    visit.principal = Operator() if operator else self._keyring.known(secret)
                 if visit.principal is None:
                     # Who guesses is not even looked up; who has a good key does not suffer from neighbours' guesses.
                     self._limiter.check_failures(ip)
                     if secret is not None:
-                        visit.principal = await self._identify(secret)
+                        visit.principal = await self._keyring.verify(secret)
                 if isinstance(visit.principal, Grant):
                     visit.principal.admit(visit.ip)
             except Exceeded:
@@ -104,11 +106,6 @@ class Door:
         if principal is not None:
             return self._limiter.admit(("operator", "key"), ADMIN, ip)
         return self._limiter.admit_anonymous(ip)
-
-    async def _identify(self, secret: str) -> Grant | Operator:
-        if self._operator and keys.same_key(secret, self._operator):
-            return Operator()
-        return await self._keyring.verify(secret)
 
     async def _serve(self, scope: dict[str, Any], receive: Receive, send: Send, visit: Visit) -> None:
         # The entry is written while the route works, and waited for before the answer begins.

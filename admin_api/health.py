@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import APIRouter, Request
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 
 Check = Callable[[], Awaitable[object]]
 """Raises when what it asks does not answer; says `degraded` when the node can do without for a while."""
+
+FRESH = 1.0
+"""Seconds for which an answer is good."""
 
 PATIENCE = 3.0
 """Seconds that a part has to answer."""
@@ -45,12 +49,30 @@ async def read_health() -> Alive:
 @router.get("/health/ready", dependencies=auth.public(), response_model=Ready, responses={503: {"model": Ready}})
 async def read_readiness(request: Request) -> JSONResponse:
     """Whether every part that the node needs answers."""
-    checks: Mapping[str, Check] = request.app.state.checks
-    found = dict(zip(checks, await asyncio.gather(*(_ask(*part) for part in checks.items())), strict=True))
-    good = "down" not in found.values()
-    worst = next(state for state in ("down", "degraded", "ok") if state in found.values())
-    ready = Ready(status=worst, checks=found)
-    return JSONResponse(ready.model_dump(), 200 if good else 503)
+    readiness: Readiness = request.app.state.readiness
+    ready = await readiness.read()
+    return JSONResponse(ready.model_dump(), 503 if ready.status == "down" else 200)
+
+
+class Readiness:
+    """What was found out last, for whoever asks within a second: anybody may ask, and the parts have work to do."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._checks = checks
+        self._until = 0.0
+        self._finding: asyncio.Task[Ready] | None = None
+
+    async def read(self) -> Ready:
+        """How the node is."""
+        if self._finding is None or (self._finding.done() and time.monotonic() >= self._until):
+            self._finding = asyncio.create_task(self._find())
+        return await asyncio.shield(self._finding)
+
+    async def _find(self) -> Ready:
+        found = await asyncio.gather(*(_ask(*part) for part in self._checks.items()))
+        self._until = time.monotonic() + FRESH
+        worst = next(state for state in ("down", "degraded", "ok") if state in found)
+        return Ready(status=worst, checks=dict(zip(self._checks, found, strict=True)))
 
 
 async def _ask(name: str, check: Check) -> str:

@@ -60,6 +60,8 @@ class Stack:
     limiter: Limiter
     engines: Engines
     postgres: Postgres | None = None
+    operator_key_made = False
+    """Whether this is the first start, and the operator has not seen the key yet."""
 
     def __init__(self, settings: Settings, tell: Tell = lambda step: None) -> None:
         if settings.workers > 1:
@@ -173,7 +175,7 @@ class Stack:
         self._exit.push_async_callback(books.close)
         door = Door(self.settings, keyring, limiter)
         self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, books)
-        operator, _ = keys.operator_key(self.settings.data)
+        operator, self.operator_key_made = keys.operator_key(self.settings.data)
         rest = app.create(self.database, keyring, limiter, ledger, operator=operator, checks={"state": _asked(shared)})
         rest.state.gateway = self.gateway.live
         self._keep_house(ledger)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 import time
 import uuid
 from collections import deque
@@ -69,13 +70,15 @@ class SessionBooks:
     """When its time is to be metered again, in seconds of the node's clock that never goes back."""
     over: bool = False
     _since: float = field(default_factory=time.monotonic)
+    _life: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Tells this service of the session from one that another node, which died, has given it before."""
     _parts: int = 0
 
     def take(self, now: float) -> list[Usage]:
         """The time that has passed since the last call, as usage to be recorded."""
         if now <= self._since:
             return []
-        used = [self._usage(f"seconds:{self._parts}", Metric.SESSION_SECONDS, now - self._since)]
+        used = [self._usage(f"seconds:{self._life}:{self._parts}", Metric.SESSION_SECONDS, now - self._since)]
         self._since = now
         self._parts += 1
         return used
@@ -279,9 +282,12 @@ class Books:
         self._writer: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
-    def of(self, grant: Grant, session_id: uuid.UUID) -> SessionBooks:
-        """Open the books of a session of the tenant of `grant`: it has begun, and its time runs until `end`."""
-        session = SessionBooks(self, grant.tenant_id, grant.project_id, session_id)
+    def of(self, grant: Grant, session_id: uuid.UUID, sequence: int = 0) -> SessionBooks:
+        """Open the books of a session of the tenant of `grant`: it has begun, and its time runs until `end`.
+
+        `sequence` is the number of its next line of history.
+        """
+        session = SessionBooks(self, grant.tenant_id, grant.project_id, session_id, sequence)
         self._meter.begin(session)
         return session
 

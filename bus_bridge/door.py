@@ -15,10 +15,11 @@ from urllib.parse import parse_qs
 import msgspec
 
 from agentvoicebox.bus_bridge.outbox import Send
-from agentvoicebox.config.errors import AvbError, Forbidden, RateLimited, Refused
+from agentvoicebox.config.errors import AvbError, Forbidden, NotFound, RateLimited, Refused
 from agentvoicebox.config.settings import Settings
+from agentvoicebox.tenancy import limits
 from agentvoicebox.tenancy.keyring import Grant, Keyring
-from agentvoicebox.tenancy.limits import Limiter
+from agentvoicebox.tenancy.limits import Exceeded, Limiter
 from agentvoicebox.tenancy.models import VoiceProvider
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class Door:
                 grant = await self.keyring.verify(secret)
         except Refused:
             self.limiter.failed(place)
+            raise
+        except (Forbidden, NotFound):
+            self.limiter.admit_anonymous(place)  # a tenant that is not active pays nothing, and may not ask for ever
             raise
         _check_tenant(headers, grant)
         credential = Credential(secret, ip)
@@ -115,6 +119,9 @@ async def reject(send: Send, error: AvbError, realtime: bool) -> None:
     if isinstance(error, RateLimited):
         wait = max(1, -int(-error.retry_after // 1))
         headers.append((b"retry-after", str(wait).encode()))
+        if isinstance(error, Exceeded):
+            told = limits.headers(error.decision)
+            headers += [(name.lower().encode(), text.encode()) for name, text in told if name != "Retry-After"]
         if not realtime:
             body["retry_after"] = wait
     await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})

@@ -88,6 +88,8 @@ class Call:
     session_id: uuid.UUID
     new_id: Callable[[str], str]
     voice: voices.VoiceConfig
+    sequence: int = 0
+    """Number of the session's next line of history."""
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class Gateway:
     """Sessions whose end is not in the store yet."""
     _closing: bool = False
     _serving: set[asyncio.Task[Any]] = field(default_factory=set)
-    """The server's tasks in which connections run."""
+    """The server's tasks in which clients are served, from the door to the end."""
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     """Work for sessions, which may outlive their connection."""
 
@@ -124,6 +126,9 @@ class Gateway:
         """Serve one WebSocket connection (ASGI)."""
         await receive()  # websocket.connect
         realtime = scope["path"].rstrip("/") in REALTIME
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             if self._closing:
                 raise Unavailable("The node is restarting; connect again in a few seconds.")
@@ -136,6 +141,8 @@ class Gateway:
                 raise NotFound(f"There is no socket at {scope['path']}.")
         except AvbError as error:
             await door.reject(send, error, realtime)
+        finally:
+            self._serving.discard(task)
 
     async def close(self) -> None:
         """Let clients know that we are going, and wait until what they used is in the books; a few seconds at most."""
@@ -189,7 +196,7 @@ class Gateway:
     ) -> None:
         offered = scope["subprotocols"]
         row, refusal = await self._find(name, grant)
-        if row is not None and row.id in self._connected | self._ending:
+        if row is not None and await self._is_served(row):
             row, refusal = None, (IN_USE, "this session is connected already")
         if row is None:
             await send({"type": "websocket.accept", "subprotocol": _select(offered)})
@@ -202,8 +209,21 @@ class Gateway:
             if chosen.get("language") not in self.settings.languages:
                 chosen.pop("language", None)
             codec = NativeCodec(str(row.id), row.created_at, CLOCK)
-            call = Call(scope, receive, send, credential, grant, row.id, identifiers(row.id), voice)
+            # A node that served it has died: its history goes on where that one's ends.
+            past = (
+                []
+                if row.status == SessionStatus.CREATED
+                else await sessions.history(self.database, grant.tenant_id, row.id)
+            )
+            sequence = past[-1].sequence + 1 if past else 0
+            call = Call(scope, receive, send, credential, grant, row.id, identifiers(row.id), voice, sequence)
             await self._serve(call, dataclasses.replace(settings, **chosen), codec)
+
+    async def _is_served(self, row: Row) -> bool:
+        """Whether a client is connected to the session, here or, as far as can be known, on another node."""
+        if row.id in self._connected or row.id in self._ending:
+            return True
+        return await self.state.where(row.tenant_id, row.id) is not None
 
     async def _find(self, name: str, grant: Grant) -> tuple[Row | None, tuple[int, str]]:
         """The session of that id if it can be connected to, else the close code and reason."""
@@ -289,24 +309,20 @@ class Gateway:
             line,
             bus=self.cells.of(tenant_id),
             engines=self.engines,
-            books=self.books.of(grant, call.session_id),
+            books=self.books.of(grant, call.session_id, call.sequence),
             vad=self.settings.vad,
             languages=self.settings.languages,
             receive=call.receive,
             outbox=Outbox(call.send, extensions.get(FRAMES), extensions.get(ABORT), self._spawn),
             spawn=self._spawn,
         )
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving.add(task)
         visit = Visit(call.session_id, connection, call.credential, grant)
-        try:
-            with self.live.visiting(visit):
-                # The key may have been revoked while the session was prepared, when nobody could be told.
-                await self.live.check(visit)
-                return await connection.run(), visit.reason
-        finally:
-            self._serving.discard(task)
+        with self.live.visiting(visit):
+            # The key may have been revoked while the session was prepared, when nobody could be told.
+            await self.live.check(visit)
+            if self._closing:
+                connection.close(RESTARTING, "restarting")
+            return await connection.run(), visit.reason
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.connection import Connection
 from agentvoicebox.bus_bridge.door import Credential, Door
-from agentvoicebox.config.errors import AvbError
+from agentvoicebox.config.errors import AvbError, Unavailable
 from agentvoicebox.tenancy.keyring import Grant
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,9 @@ LONGEST_SESSION = 24 * 3600
 
 EVERY = 5.0
 """Seconds between looks at who has been silent for too long."""
+
+AGAIN = 1.0
+"""Seconds before a credential is checked again that could not be; up to twice that, so that not all ask at once."""
 
 UNAUTHORISED = 4001
 SUSPENDED = 4005
@@ -58,6 +61,8 @@ class Live:
         self._visits: dict[uuid.UUID, Visit] = {}
         self._by_key: dict[uuid.UUID, set[Visit]] = {}
         self._checks: set[asyncio.Task[None]] = set()
+        self._few = asyncio.Semaphore(2)
+        """However many are to be checked, requests find connections to the database too."""
         self._watch: asyncio.Task[None] | None = None
         door.keyring.on_revoked(self._check_key)
         door.keyring.on_changed(self._check_changed)
@@ -93,13 +98,18 @@ class Live:
         visit = self._visits.get(session_id)
         if visit is None:
             return False
-        visit.end(EXPIRED, reason, "The session was ended by an administrator.")
+        visit.reason = reason
+        visit.end(EXPIRED, "session_terminated", "The session was ended by an administrator.")
         return True
 
     async def check(self, visit: Visit) -> None:
         """Close the visit unless its credential is still good; else go by what that says now."""
         try:
-            grant = await self._door.check_again(visit.credential)
+            async with self._few:
+                grant = await self._door.check_again(visit.credential)
+        except Unavailable:
+            # Nobody has said that it is not good any more. No new one comes in meanwhile, and this one is asked again.
+            self._spawn_check([visit], AGAIN * (1 + visit.session_id.int % 1000 / 1000))
         except AvbError as error:
             visit.end(_CODES.get(error.code, UNAUTHORISED), error.code, error.message)
         else:
@@ -110,6 +120,8 @@ class Live:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
+        for check in self._checks:
+            check.cancel()
         await asyncio.gather(*self._checks, return_exceptions=True)
 
     # --- credentials that die or change -------------------------------------------------------------------------------
@@ -132,14 +144,16 @@ class Live:
         for visits in list(self._by_key.values()):
             self._spawn_check(list(visits))
 
-    def _spawn_check(self, visits: list[Visit]) -> None:
-        task = asyncio.create_task(self._check_all(visits))
+    def _spawn_check(self, visits: list[Visit], after: float = 0.0) -> None:
+        task = asyncio.create_task(self._check_all(visits, after))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 
-    async def _check_all(self, visits: list[Visit]) -> None:
+    async def _check_all(self, visits: list[Visit], after: float) -> None:
+        await asyncio.sleep(after)
         for visit in visits:  # of one key: the first fills the cache for the others
-            await self.check(visit)
+            if visit.session_id in self._visits:
+                await self.check(visit)
 
     def _renew(self, visit: Visit, grant: Grant) -> None:
         if grant.expires_at != visit.grant.expires_at:

@@ -29,6 +29,12 @@ class BatchingProtocol(WebSocketsSansIOProtocol):
         extensions[ABORT] = self.abort
         await super().run_asgi()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        # Who was refused has had an answer; without this the server complains of each that there was none.
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True
+
     def write_frames(self, texts: list[str]) -> bool:
         """Write all of `texts`, or none."""
         if not self.writable.is_set() or self.disconnected or self.close_sent or self.conn.state is not State.OPEN:

@@ -12,7 +12,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from agentvoicebox.config.errors import BadInput, Conflict, NotFound
-from agentvoicebox.tenancy import audit, checks, pages
+from agentvoicebox.tenancy import audit, checks, pages, tenants
 from agentvoicebox.tenancy.database import Database, sqlstate
 from agentvoicebox.tenancy.models import Action, TenantDomain
 from agentvoicebox.tenancy.pages import Page
@@ -20,8 +20,10 @@ from agentvoicebox.tenancy.pages import Page
 LABEL = "_agentvoicebox"
 """Under this name of the domain a TXT record must hold the claim's token."""
 
+MOST = 20
+"""Claims of one tenant, proven or not."""
+
 _UNIQUE_VIOLATION = "23505"
-_FOREIGN_KEY_VIOLATION = "23503"
 
 _log = logging.getLogger(__name__)
 
@@ -34,25 +36,33 @@ class Resolver(Protocol):
         ...
 
 
+def checked(domain: str, platform: str = "") -> str:
+    """The host name as it is kept. Raises `BadInput` for none, or one under `platform`."""
+    name = checks.host(domain, "domain")
+    if platform and (name == platform or name.endswith(f".{platform}")):
+        raise BadInput(f"{platform} is the platform's own; name a domain of yours.", param="domain")
+    return name
+
+
 async def add(database: Database, tenant_id: uuid.UUID, domain: str, *, platform: str = "") -> TenantDomain:
     """Claim a host name; its `token` is what the TXT record has to hold.
 
     `platform` is the domain under which the platform itself gives out names, which nobody can claim. Raises `BadInput`,
-    `Conflict` for one that the tenant has claimed already, `NotFound`.
+    `Conflict` for one that the tenant has claimed already, or when it has 20 claims or is erased, `NotFound`.
     """
-    name = checks.host(domain, "domain")
-    if platform and (name == platform or name.endswith(f".{platform}")):
-        raise BadInput(f"{platform} is the platform's own; name a domain of yours.", param="domain")
+    name = checked(domain, platform)
     # Only these columns are ours to give; that it is proven is not.
     new = {"tenant_id": tenant_id, "id": uuid.uuid4(), "domain": name, "token": secrets.token_urlsafe(32)}
     try:
         async with database.tenant(tenant_id) as session:
+            await tenants.lock(session, tenant_id)  # one claim at a time, so that the count holds
+            claims = select(func.count()).where(TenantDomain.tenant_id == tenant_id)
+            if (await session.execute(claims)).scalar_one() >= MOST:
+                raise Conflict(f"A tenant has at most {MOST} domains; remove one first.", code="too_many_domains")
             made = await session.execute(insert(TenantDomain).values(new).returning(TenantDomain))
             claim = made.scalar_one()
             await audit.append(session, Action.CREATE, "domain", claim.id, f"Claimed {name}", new={"domain": name})
     except IntegrityError as error:
-        if sqlstate(error) == _FOREIGN_KEY_VIOLATION:
-            raise NotFound("There is no such tenant.", code="tenant_not_found") from error
         if sqlstate(error) != _UNIQUE_VIOLATION:
             raise
         raise Conflict(f"{name} is claimed already; verify that claim, or remove it.", param="domain") from error
@@ -80,16 +90,14 @@ async def remove(database: Database, tenant_id: uuid.UUID, domain_id: uuid.UUID)
 async def set_primary(database: Database, tenant_id: uuid.UUID, domain_id: uuid.UUID) -> TenantDomain:
     """Make this the name by which the tenant is shown. Raises `NotFound`, `Conflict` for one that is not proven."""
     async with database.tenant(tenant_id) as session:
-        # All of the tenant's rows, in one order: two at once come one after the other.
-        query = select(TenantDomain).order_by(TenantDomain.id).with_for_update()
-        claims = {claim.id: claim for claim in (await session.execute(query)).scalars()}
-        claim = claims.get(domain_id)
+        await tenants.lock(session, tenant_id)  # two at once come one after the other
+        claim = await session.get(TenantDomain, (tenant_id, domain_id), with_for_update=True)
         if claim is None:
             raise _unknown()
         if claim.verified_at is None:
             raise Conflict(f"{claim.domain} is not proven yet; verify it first.", code="domain_not_verified")
         if not claim.is_primary:
-            old = next((each for each in claims.values() if each.is_primary), None)
+            old = (await session.execute(select(TenantDomain).where(TenantDomain.is_primary))).scalar_one_or_none()
             for each, primary in ((old, False), (claim, True)):
                 if each is not None:
                     await session.execute(

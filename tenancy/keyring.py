@@ -39,6 +39,10 @@ Network = IPv4Network | IPv6Network
 _CACHED = 10_000
 _OLDEST = 60.0
 """Seconds after which a cached key is read again, whatever the feed says."""
+_SHUT = 1.0
+"""Seconds for which it is remembered that a key's tenant is not active, unless that changes ..."""
+_OFTEN = 5
+"""... once the key has been asked for so many times."""
 _JOIN = 0.3
 """Seconds for which a look-up under way answers others who ask for the same key."""
 
@@ -139,6 +143,15 @@ class _Reading:
 
 
 @dataclass(slots=True)
+class _Shut:
+    """A key whose tenant is not active, and how often that has been read lately."""
+
+    error: Forbidden | NotFound
+    until: float
+    times: int = 1
+
+
+@dataclass(slots=True)
 class _Use:
     """What has not been written yet of a key's uses."""
 
@@ -162,6 +175,7 @@ class Keyring:
         self._feed = feed
         self._clock = clock
         self._held: OrderedDict[bytes, _Held] = OrderedDict()
+        self._shut: dict[bytes, _Shut] = {}
         self._tenants: dict[uuid.UUID, dict[uuid.UUID, bytes]] = {}
         """The digests held, by tenant and key."""
         self._reading: dict[bytes, _Reading] = {}
@@ -218,6 +232,9 @@ class Keyring:
         return held.grant
 
     async def _verify_slowly(self, secret: str, digest: bytes, held: _Held | None, now: float) -> Grant:
+        shut = self._shut.get(digest)
+        if shut is not None and shut.times >= _OFTEN and now < min(shut.until, self._feed.fresh_until):
+            raise type(shut.error)(shut.error.message, code=shut.error.code)
         if held is None or now < held.ends or now >= self._feed.fresh_until:
             if len(secret) != keys.LENGTH or not secret.startswith(keys.PREFIX):
                 raise _unknown()
@@ -274,11 +291,26 @@ class Keyring:
         if before is not None and before.grant.expires_at == grant.expires_at:
             ends = min(ends, before.ends)
         if asked_at < ends:
-            _check_active(tenant.status)
+            try:
+                _check_active(tenant.status)
+            except (Forbidden, NotFound) as error:
+                if changes == self._changes:
+                    self._shut_out(digest, asked_at, error)
+                raise
         held = _Held(grant, ends, min(ends, asked_at + _OLDEST))
         if changes == self._changes:  # else we may have read what was before
             self._keep(digest, held)
         return held
+
+    def _shut_out(self, digest: bytes, now: float, error: Forbidden | NotFound) -> None:
+        """Remember for a moment that the key's tenant is not active: its devices go on asking."""
+        before = self._shut.get(digest)
+        if before is not None and now < before.until:
+            before.times += 1
+            return
+        if len(self._shut) >= _CACHED:
+            self._shut.clear()
+        self._shut[digest] = _Shut(error, now + _SHUT)
 
     def _keep(self, digest: bytes, held: _Held) -> None:
         self._held[digest] = held
@@ -294,6 +326,7 @@ class Keyring:
         if change.kind == ChangeKind.RELATIONS:
             return
         self._changes += 1
+        self._shut.clear()
         if change.key_id is not None:
             self._evict(change.tenant_id, change.key_id)
         else:
@@ -316,6 +349,7 @@ class Keyring:
 
     def _forget(self) -> None:
         self._changes += 1
+        self._shut.clear()
         self._held.clear()
         self._tenants.clear()
 

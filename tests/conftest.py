@@ -32,16 +32,13 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
     from agentvoicebox.admin_api.stack import Stack
     from agentvoicebox.config import settings
     from agentvoicebox.tenancy import limits
-    from agentvoicebox.tenancy.limits import limiter
 
     data = tmp_path_factory.mktemp("stack")
-    patience = pytest.MonkeyPatch()
-    patience.setattr(limiter, "FAILURES", limits.Rate(1_000_000, 60_000_000))
     running = Stack(settings.load({"data": data, "port": 0, "engine": "offline"}, environ={"HOME": str(data)}))
     await running.start()
+    running.limiter.failures = limits.Rate(1_000_000, 60_000_000)
     yield running
     await running.stop()
-    patience.undo()
 
 
 @dataclass(frozen=True, slots=True)

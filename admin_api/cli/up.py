@@ -52,7 +52,8 @@ async def _serve(settings: Settings) -> None:
             await asyncio.gather(starting, return_exceptions=True)
             return
         starting.result()
-        _greet_operator(settings)
+        if stack.operator_key_made:
+            _greet_operator(settings)
         tell(f"listening on {stack.url}")
     try:
         print(f"ready {stack.url}", flush=True)
@@ -65,11 +66,9 @@ async def _serve(settings: Settings) -> None:
 
 
 def _greet_operator(settings: Settings) -> None:
-    """Make the operator key at first start, and show it once, to a person only."""
-    secret, created = keys.operator_key(settings.data)
+    """Show the operator key, to a person only."""
+    secret, _ = keys.operator_key(settings.data)
     where = settings.data / "operator.key"
-    if not created:
-        return
     if sys.stderr.isatty() and os.isatty(2):
         console.stderr.print(f"Operator key, shown only now and kept in {where}:\n[bold]{secret}[/bold]")
     else:

@@ -142,7 +142,10 @@ class Limiter:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         strangers: int = STRANGERS,
+        failures: Rate = FAILURES,
     ) -> None:
+        self.failures = failures
+        """Credentials that an address may show in vain."""
         self._clock = clock
         self._wall = wall
         self._lag = 0.0
@@ -237,7 +240,7 @@ class Limiter:
     def failed(self, ip: str) -> None:
         """Count a refused credential, also beyond the limit: many may have been looked at before one was refused."""
         subject = ("failures", network(ip))
-        if not self.decide(subject, FAILURES).allowed:
+        if not self.decide(subject, self.failures).allowed:
             bucket = self._buckets.get(subject) or self._buckets[("failures", _EVERYBODY)]
             bucket.tat = min(bucket.tat + bucket.rate.interval, self._now + DEBT)
             bucket.used += 1

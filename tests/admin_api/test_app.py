@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import httpx
 import pytest
 
-from agentvoicebox.admin_api import app, auth
+from agentvoicebox.admin_api import app, auth, health
 
 
 @pytest.fixture
@@ -75,16 +76,39 @@ async def test_health_is_there_for_anybody(http: httpx.AsyncClient):
 
 
 async def test_readiness_names_what_is_missing(service: Any, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "FRESH", 0.0)
     reply = await http.get("/health/ready")
     assert (reply.status_code, reply.json()) == (200, {"status": "ok", "checks": {"db": "ok"}})
+
+    async def alone() -> str:
+        return "degraded"
+
+    monkeypatch.setitem(service.app.state.readiness._checks, "state", alone)
+    reply = await http.get("/health/ready")
+    assert (reply.status_code, reply.json()["status"], reply.json()["checks"]["state"]) == (200, "degraded", "degraded")
 
     async def away() -> None:
         raise OSError("secret-host:6379 refused")
 
-    monkeypatch.setitem(service.app.state.checks, "redis", away)
+    monkeypatch.setitem(service.app.state.readiness._checks, "redis", away)
     reply = await http.get("/health/ready")
     assert reply.status_code == 503
-    assert reply.json() == {"status": "down", "checks": {"db": "ok", "redis": "down"}}
+    assert reply.json() == {"status": "down", "checks": {"db": "ok", "state": "degraded", "redis": "down"}}
+
+
+async def test_however_many_ask_each_part_is_asked_once_a_second():
+    asked = 0
+
+    async def part() -> None:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+
+    readiness = health.Readiness({"db": part})
+    answers = await asyncio.gather(*(readiness.read() for _ in range(50)))
+    answers.append(await readiness.read())
+    assert {answer.status for answer in answers} == {"ok"}
+    assert asked == 1
 
 
 async def test_what_is_not_there_is_not_found(http: httpx.AsyncClient):

@@ -144,12 +144,24 @@ async def test_a_rate_that_is_met_says_when_to_come_again(frozen: None, service:
 async def test_guessing_keys_is_slowed_down_before_they_are_looked_at(
     frozen: None, http: httpx.AsyncClient, client: Any
 ):
-    """FLW-69: then even a good key has to wait."""
+    """FLW-69: not even whether the next one is good is found out."""
     for _ in range(10):
         assert (await http.get(ME, headers={"X-API-Key": "avb_" + "x" * 43})).status_code == 401
     reply = await http.get(ME, headers={"X-API-Key": client.key})
     assert (reply.status_code, reply.json()["error"]) == (429, "rate_limit_exceeded")
     assert int(reply.headers["retry-after"]) >= 1
+
+
+async def test_who_is_known_does_not_suffer_from_neighbours_who_guess(
+    frozen: None, http: httpx.AsyncClient, client: Any, operator: httpx.AsyncClient
+):
+    """Whole companies share one address, and so do all clients of a proxy that was not declared."""
+    assert (await http.get(ME, headers={"X-API-Key": client.key})).status_code == 200
+    for _ in range(12):
+        reply = await http.get(ME, headers={"X-API-Key": "avb_" + "x" * 43})
+    assert reply.status_code == 429
+    assert (await http.get(ME, headers={"X-API-Key": client.key})).status_code == 200
+    assert (await operator.get("/api/v2/admin/tenants")).status_code == 200
 
 
 async def test_an_address_without_a_key_has_its_own_rate(frozen: None, http: httpx.AsyncClient, client: Any):

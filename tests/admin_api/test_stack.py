@@ -15,7 +15,7 @@ from agentvoicebox.admin_api import stack as module
 from agentvoicebox.admin_api.node import Node
 from agentvoicebox.config import settings
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.tenancy import sessions
+from agentvoicebox.tenancy import keys, sessions
 
 
 class Cell:
@@ -157,3 +157,8 @@ async def test_a_client_without_an_address_gets_its_session(stack: Any, customer
     assert reply.status_code == 201
     row = await sessions.get(stack.database, customer.id, uuid.UUID(reply.json()["session_id"]))
     assert (row.client_ip and str(row.client_ip)) == kept
+
+
+async def test_the_first_start_made_the_operators_key(stack: Any):
+    assert stack.operator_key_made
+    assert keys.operator_key(stack.settings.data)[1] is False

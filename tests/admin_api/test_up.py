@@ -13,6 +13,7 @@ import pytest
 from agentvoicebox.admin_api.cli import up
 from agentvoicebox.config import settings
 from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.tenancy import keys
 
 
 class Stack:
@@ -20,6 +21,7 @@ class Stack:
 
     url = "http://127.0.0.1:1"
     end: ClassVar[Any]
+    operator_key_made: ClassVar[bool] = False
     stopped = False
 
     def __init__(self, *_: object) -> None:
@@ -71,3 +73,16 @@ def test_a_server_that_is_told_to_stop_is_none(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Stack, "end", staticmethod(is_told_to_stop), raising=False)
     serve(tmp_path)
     assert Stack.stopped
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_operator_is_told_of_the_key_once_and_never_reads_it_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], first: bool
+):
+    secret, _ = keys.operator_key(tmp_path)
+    monkeypatch.setattr(Stack, "end", staticmethod(is_told_to_stop), raising=False)
+    monkeypatch.setattr(Stack, "operator_key_made", first)
+    serve(tmp_path)
+    said = "".join(capfd.readouterr())
+    assert (str(tmp_path / "operator.key") in said) is first
+    assert secret not in said

@@ -330,11 +330,11 @@ async def spoken_turns(node: Node) -> None:
 
 @asynccontextmanager
 async def idle_sessions(node: Node, count: int) -> AsyncIterator[None]:
-    headers = {"Authorization": f"Bearer {node.key}"}
     sockets = []
-    async with httpx.AsyncClient(headers=headers, trust_env=False, timeout=30) as http:
-        for _ in range(count):
-            made = (await http.post(f"{node.url}/api/v2/sessions", json={})).json()
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
+        for n in range(count):
+            headers = {"Authorization": f"Bearer {node.keys[n % TENANTS]}"}
+            made = (await http.post(f"{node.url}/api/v2/sessions", json={}, headers=headers)).json()
             socket = await connect(made["ws_url"], additional_headers=headers, compression=None, proxy=None)
             await socket.recv()
             await socket.recv()

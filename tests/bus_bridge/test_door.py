@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from agentvoicebox.bus_bridge.door import KEY_SUBPROTOCOL
 from agentvoicebox.config.errors import AvbError, Forbidden, RateLimited, Refused
-from agentvoicebox.tenancy import limits
-from agentvoicebox.tenancy.limits import limiter
+from agentvoicebox.tenancy import limits, tenants
 
 PLACES = ("authorization", "api-key", "subprotocol")
 TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=60)
@@ -82,12 +81,13 @@ async def test_a_key_that_asks_too_often_gets_no_socket_and_is_told_when(stack: 
         status, code, headers = await sockets.refused(path, customer)
         assert (status, code) == (429, "rate_limit_exceeded")
         assert int(headers["retry-after"]) >= 1
+        assert (headers["x-ratelimit-limit"], headers["x-ratelimit-remaining"]) == ("120", "0")
 
 
 async def test_whoever_guesses_keys_is_soon_not_listened_to_and_nobody_else_suffers(
     stack: Any, sockets: Any, customer: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(limiter, "FAILURES", limits.FAILURES)
+    monkeypatch.setattr(stack.limiter, "failures", limits.FAILURES)
     door = stack.gateway.door
     seen = []
     for n in range(40):
@@ -102,3 +102,37 @@ async def test_whoever_guesses_keys_is_soon_not_listened_to_and_nobody_else_suff
     await door.admit(scope("authorization", bearer, ip="198.51.100.7"))
     async with sockets.realtime(customer):
         pass
+
+
+async def test_devices_of_a_suspended_tenant_do_not_wear_the_store_out(
+    stack: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """They ask again and again: the store is asked once a second, and after a while nobody listens."""
+    customer = await new_customer()
+    await tenants.suspend(stack.database, customer.id, "unpaid")
+    door = stack.gateway.door
+    reads = 0
+    real = door.keyring._read
+
+    async def counted(*arguments: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return await real(*arguments)
+
+    monkeypatch.setattr(door.keyring, "_read", counted)
+    codes = []
+    for _ in range(100):
+        with pytest.raises(AvbError) as caught:
+            await door.admit(scope("authorization", f"Bearer {customer.key}", ip="203.0.113.77"))
+        codes.append(caught.value.code)
+    assert codes[0] == "tenant_suspended"
+    assert codes[-1] == "rate_limit_exceeded"
+    assert reads < 20
+    await tenants.activate(stack.database, customer.id)
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await door.admit(scope("authorization", f"Bearer {customer.key}", ip="203.0.113.78"))
+                break
+            except Forbidden:
+                await asyncio.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,8 +13,12 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from agentvoicebox.bus_bridge import connection, live
-from agentvoicebox.tenancy import keys, limits, sessions, settings, tenants
-from agentvoicebox.tenancy.models import SessionStatus, Tier
+from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.tenancy import keys, limits, sessions, settings, tenants, voices
+from agentvoicebox.tenancy.models import EventType, SessionStatus, Tier
+
+REASON = "终止" * 25
+"""As long as a reason may be, and longer than what a close frame holds."""
 
 
 async def until(true: Callable[[], Awaitable[bool]]) -> None:
@@ -33,8 +38,15 @@ async def test_suspension_closes_sessions_and_refuses_keys_and_reactivation_rest
     for path in sockets.paths:
         assert (await sockets.refused(path, customer))[:2] == (403, "tenant_suspended")
     await tenants.activate(stack.database, customer.id)
-    async with sockets.native(customer):
-        pass
+
+    async def opens() -> bool:
+        try:
+            async with sockets.connect(sockets.paths[0], customer):
+                return True
+        except InvalidStatus:
+            return False
+
+    await until(opens)
 
 
 async def test_deletion_closes_sessions_too(stack: Any, sockets: Any, new_customer: Any):
@@ -129,12 +141,12 @@ async def test_an_administrator_ends_a_session(stack: Any, sockets: Any, new_cus
     customer = await new_customer()
     async with sockets.native(customer) as socket:
         [visit] = [visit for visit in stack.gateway.live if visit.grant.tenant_id == customer.id]
-        assert stack.gateway.live.terminate(visit.session_id, "terminated_by_admin")
-        assert await sockets.closed(socket) == (live.EXPIRED, "terminated_by_admin")
+        assert stack.gateway.live.terminate(visit.session_id, REASON)
+        assert await sockets.closed(socket) == (live.EXPIRED, "session_terminated")
 
     async def is_recorded() -> bool:
         row = await sessions.get(stack.database, customer.id, visit.session_id)
-        return (row.status, row.termination_reason) == (SessionStatus.TERMINATED, "terminated_by_admin")
+        return (row.status, row.termination_reason) == (SessionStatus.TERMINATED, REASON)
 
     await until(is_recorded)
     assert not stack.gateway.live.terminate(visit.session_id, "again")
@@ -195,3 +207,89 @@ async def test_a_realtime_client_is_told_what_its_key_may_still_ask_for(stack: A
         [rates] = [event["rate_limits"] for event in told if event["type"] == "rate_limits.updated"]
     assert [(rate["name"], rate["limit"]) for rate in rates] == [("requests", 120)]
     assert 110 <= rates[0]["remaining"] < 120
+
+
+async def test_a_store_that_is_busy_throws_nobody_out(
+    stack: Any, sockets: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """After a fail-over every credential is looked at again; one that cannot be looked at now is not bad for that."""
+    monkeypatch.setattr(live, "AGAIN", 0.01)
+    customer = await new_customer()
+    asked = 0
+    real = stack.gateway.door.check_again
+
+    async def busy(credential: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked < 3:
+            raise Unavailable("All connections are in use.")
+        return await real(credential)
+
+    monkeypatch.setattr(type(stack.gateway.door), "check_again", lambda self, credential: busy(credential))
+    async with sockets.native(customer) as socket:
+        stack.gateway.door.keyring._feed._report_gap()
+        async with asyncio.timeout(10):
+            while asked < 3:
+                await asyncio.sleep(0.01)
+        await sockets.ping(socket)
+
+
+async def test_a_session_that_another_node_left_behind_goes_on_where_it_was(
+    stack: Any, sockets: Any, new_customer: Any
+):
+    """A node that dies ends no session: its next service is metered beside the first, and its history goes on."""
+    customer = await new_customer()
+    made = await sockets.create(customer, modality="text")
+    session_id = uuid.UUID(made["session_id"])
+    await sessions.activate(stack.database, customer.id, session_id)
+    before = [sessions.Event(n, EventType.SYSTEM, {"n": n}) for n in range(3)]
+    await sessions.record(stack.database, customer.id, session_id, before)
+    async with sockets.connect(f"/ws/v2/sessions/{session_id}", customer) as socket:
+        message = {"role": "user", "content": "hello world"}
+        await socket.send(json.dumps({"type": "response.create", "messages": [message]}))
+        while (await sockets.read(socket))["type"] != "response.done":
+            pass
+
+    async def is_written() -> bool:
+        past = await sessions.history(stack.database, customer.id, session_id)
+        return len(past) > 3 and [line.sequence for line in past] == list(range(len(past)))
+
+    await until(is_written)
+
+
+async def test_who_comes_while_the_node_stops_does_not_stay(
+    stack: Any, sockets: Any, new_customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    customer = await new_customer()
+    real = voices.get
+
+    async def stopping(*arguments: Any) -> Any:
+        stack.gateway._closing = True
+        return await real(*arguments)
+
+    monkeypatch.setattr(voices, "get", stopping)
+    try:
+        async with sockets.connect(sockets.paths[0], customer) as socket:
+            assert (await sockets.closed(socket))[0] == 1012
+    finally:
+        stack.gateway._closing = False
+
+
+async def test_refusals_are_no_errors_of_ours(sockets: Any, customer: Any, caplog: pytest.LogCaptureFixture):
+    nobody = type(customer)(customer.id, customer.slug, customer.name, "avb_" + "x" * 43, customer.key_id)
+    for path in sockets.paths:
+        assert (await sockets.refused(path, nobody))[0] == 401
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_session_that_another_node_serves_is_in_use(stack: Any, sockets: Any, new_customer: Any):
+    customer = await new_customer()
+    made = await sockets.create(customer)
+    session_id = uuid.UUID(made["session_id"])
+    path = f"/ws/v2/sessions/{session_id}"
+    assert await stack.gateway.state.enter(customer.id, session_id, 10)  # as that node would, in the shared state
+    async with sockets.connect(path, customer) as socket:
+        assert (await sockets.closed(socket))[0] == 4009
+    await stack.gateway.state.leave(customer.id, session_id)
+    async with sockets.connect(path, customer) as socket:
+        assert (await sockets.read(socket))["type"] == "connection.established"
