@@ -36,6 +36,7 @@ from agentvoicebox.tenancy import audit, keys, outbox, sessions, state, usage
 from agentvoicebox.tenancy import database as stores
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.dns import Dns
 from agentvoicebox.tenancy.embedded import Postgres
 from agentvoicebox.tenancy.keyring import Keyring
 from agentvoicebox.tenancy.limits import Limiter, Reconciler
@@ -176,7 +177,16 @@ class Stack:
         door = Door(self.settings, keyring, limiter)
         self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, books)
         operator, self.operator_key_made = keys.operator_key(self.settings.data)
-        rest = app.create(self.database, keyring, limiter, ledger, operator=operator, checks={"state": _asked(shared)})
+        rest = app.create(
+            self.database,
+            keyring,
+            limiter,
+            ledger,
+            operator=operator,
+            base=self.settings.base_domain or "",
+            checks={"state": _asked(shared)},
+            resolver=Dns(),
+        )
         rest.state.gateway = self.gateway.live
         self._keep_house(ledger)
         server = _Server(configured(self.settings, Node(self.gateway, rest)))

@@ -162,3 +162,24 @@ async def test_a_client_without_an_address_gets_its_session(stack: Any, customer
 async def test_the_first_start_made_the_operators_key(stack: Any):
     assert stack.operator_key_made
     assert keys.operator_key(stack.settings.data)[1] is False
+
+
+async def test_a_host_name_under_the_base_domain_names_its_tenant_and_no_other(stack: Any, new_customer: Any):
+    mine, theirs = await new_customer(scopes=("admin",)), await new_customer()
+    gateway = stack.gateway
+    rest = app.create(stack.database, gateway.door.keyring, stack.limiter, gateway.books.ledger, base="voice.example")
+    transport = httpx.ASGITransport(app=Node(gateway, rest), client=("127.0.0.1", 1))
+    async with httpx.AsyncClient(transport=transport, headers=mine.headers) as http:
+        answers = {}
+        for host in (
+            f"{mine.slug}.voice.example",
+            f"{theirs.slug}.voice.example",
+            "nobody.voice.example",
+            "api.voice.example",
+        ):
+            answers[host] = await http.get(f"http://{host}/api/v2/tenants/me")
+    own, foreign, unknown, platform = answers.values()
+    assert (own.status_code, own.json()["slug"]) == (200, mine.slug)
+    assert (foreign.status_code, foreign.json()["error"]) == (403, "permission_denied")
+    assert unknown.status_code in (403, 404)
+    assert (platform.status_code, platform.json()["slug"]) == (200, mine.slug)
