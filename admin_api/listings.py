@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import date, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Depends, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from agentvoicebox.tenancy import pages
+from agentvoicebox.tenancy import pages, tables
 
 T = TypeVar("T")
 
@@ -92,31 +88,12 @@ async def _all(first: str | bytes, rest: AsyncGenerator[str | bytes, None]) -> A
 
 
 async def _csv(columns: Sequence[str], rows: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str | bytes, None]:
-    table = _line(columns)
+    table = tables.row(columns)
     async with aclosing(rows):
         # A write for each row would cost more than the row.
         async for row in rows:
-            table += _line(cell(row.get(column)) for column in columns)
+            table += tables.row(row.get(column) for column in columns)
             if len(table) > _PIECE:
                 yield table
                 table = ""
     yield table
-
-
-def _line(cells: Iterable[str]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\r\n").writerow(cells)
-    return out.getvalue()
-
-
-def cell(value: Any) -> str:
-    """A value as text for a table. What a spreadsheet would take for a formula is kept from being one."""
-    if value is None:
-        return ""
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    if isinstance(value, dict | list | tuple):
-        return json.dumps(value, default=str)
-    text = str(value)
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") and not numeric else text

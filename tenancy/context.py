@@ -25,8 +25,6 @@ HEADER = "X-Tenant-ID"
 OWN = "me"
 """Stands in a path for the caller's own tenant."""
 
-_WITHOUT = (("health",), ("metrics",), ("api", "v2", "auth"), ("api", "v2", "admin"), ("ws", "v2", "admin"))
-"""Paths that are about no tenant, as their first segments."""
 _NAMED = ("api", "v2", "tenants")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r":[0-9]{1,5}")
@@ -62,12 +60,6 @@ class Caller:
 
     tenant: Known | None
     operator: bool = False
-
-
-def needs_tenant(path: str) -> bool:
-    """Whether requests for this path are about a tenant at all."""
-    segments = tuple(path.strip("/").split("/"))
-    return not any(segments[: len(begin)] == begin for begin in _WITHOUT)
 
 
 def named(*, host: str = "", path: str = "", header: str | None = None, base: str = "") -> tuple[Named, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
@@ -14,6 +12,7 @@ from typing import Any
 from sqlalchemy import Date, cast, func, literal_column, select, text
 
 from agentvoicebox.config.errors import BadInput
+from agentvoicebox.tenancy import tables
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.metering import Ledger, Usage, summed, totals
 from agentvoicebox.tenancy.models import Metric, UsageMinute
@@ -167,9 +166,9 @@ async def daily(
 def csv_rows(days: Iterable[Day]) -> Iterator[str]:
     """A table of the days in CSV (RFC 4180), line by line, the names of the columns first."""
     names = [field.name for field in fields(Amounts)]
-    yield _line(["date", *names])
+    yield tables.row(["date", *names])
     for day in days:
-        yield _line([day.date.isoformat(), *(getattr(day.amounts, name) for name in names)])
+        yield tables.row([day.date.isoformat(), *(getattr(day.amounts, name) for name in names)])
 
 
 async def top(
@@ -220,9 +219,3 @@ def _amounts(found: Mapping[str, Any]) -> Amounts:
         storage_bytes=int(of(Metric.STORAGE_BYTES)),
         concurrent_sessions_peak=int(of(Metric.CONCURRENT_SESSIONS_PEAK)),
     )
-
-
-def _line(values: Sequence[object]) -> str:
-    line = io.StringIO()
-    csv.writer(line).writerow(values)
-    return line.getvalue()

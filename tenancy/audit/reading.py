@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import string
 import uuid
@@ -17,7 +15,7 @@ from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, NotFound
-from agentvoicebox.tenancy import pages
+from agentvoicebox.tenancy import pages, tables
 from agentvoicebox.tenancy.audit.lines import append
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import PLATFORM, Action, AuditEntry
@@ -208,25 +206,13 @@ class _Json:
 
 
 class _Csv:
-    """RFC 4180, with nothing in it that a spreadsheet would run."""
+    """A table."""
 
     def begin(self) -> bytes:
-        return self._lines([COLUMNS])
+        return tables.row(COLUMNS).encode()
 
     def rows(self, rows: Sequence[AuditEntry]) -> bytes:
-        return self._lines([[_cell(value) for value in as_dict(row).values()] for row in rows])
+        return "".join(tables.row(as_dict(row).values()) for row in rows).encode()
 
     def end(self) -> bytes:
         return b""
-
-    def _lines(self, rows: Sequence[Sequence[object]]) -> bytes:
-        text = io.StringIO()
-        csv.writer(text).writerows(rows)
-        return text.getvalue().encode()
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

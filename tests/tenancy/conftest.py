@@ -23,9 +23,11 @@ import pytest
 from psycopg import sql
 
 from agentvoicebox.tenancy import embedded, roles, tenants
+from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Address, Database, external, prepare
 from agentvoicebox.tenancy.embedded import DATABASE, Postgres, serving
 from agentvoicebox.tenancy.models import Tenant
+from agentvoicebox.tenancy.permissions import Relations
 
 _numbers = itertools.count()
 
@@ -321,3 +323,18 @@ def redis(one_redis: RedisServer) -> RedisServer:
     one_redis.stop()
     one_redis.start()
     return one_redis
+
+
+@pytest.fixture(scope="module")
+async def feed(database: Database) -> AsyncIterator[Feed]:
+    feed = Feed(database)
+    await feed.start()
+    yield feed
+    await feed.close()
+
+
+@pytest.fixture(scope="module")
+async def relations(database: Database, feed: Feed) -> AsyncIterator[Relations]:
+    relations = Relations(database, feed)
+    yield relations
+    await relations.close()

@@ -38,21 +38,6 @@ from agentvoicebox.tenancy.principals import Guard, Person
 NewTenant = Callable[[], Awaitable[Tenant]]
 
 
-@pytest.fixture(scope="module")
-async def feed(database: Database) -> AsyncIterator[Feed]:
-    feed = Feed(database)
-    await feed.start()
-    yield feed
-    await feed.close()
-
-
-@pytest.fixture(scope="module")
-async def relations(database: Database, feed: Feed) -> AsyncIterator[Relations]:
-    relations = Relations(database, feed)
-    yield relations
-    await relations.close()
-
-
 async def somebody(database: Database, *tenant_ids: uuid.UUID, role: Role = Role.BILLING) -> uuid.UUID:
     """A person, who is a member of these tenants."""
     person = await users.create(database, f"{uuid.uuid4().hex}@example.com")

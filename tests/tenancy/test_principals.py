@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -28,21 +27,6 @@ from agentvoicebox.tenancy.principals import (
 
 ALL = sorted(EVALUATOR.permissions)
 OF_TENANTS = [(type, permission) for type, permission in ALL if type != "platform"]
-
-
-@pytest.fixture(scope="module")
-async def feed(database: Database) -> AsyncIterator[Feed]:
-    feed = Feed(database)
-    await feed.start()
-    yield feed
-    await feed.close()
-
-
-@pytest.fixture(scope="module")
-async def relations(database: Database, feed: Feed) -> AsyncIterator[Relations]:
-    relations = Relations(database, feed)
-    yield relations
-    await relations.close()
 
 
 @pytest.fixture
