@@ -13,14 +13,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, NotFound
 from agentvoicebox.tenancy import audit, models
-from agentvoicebox.tenancy.checks import shaped, words
+from agentvoicebox.tenancy.checks import number, public_url, shaped, words, yes_or_no
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import Action
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-[A-Za-z0-9]{5,8})?")
 _SKILL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,99}")
 _MOST_SKILLS = 200
+_MOST_FALLBACKS = 5
+
+WHISPER_MODELS = ("tiny", "base", "small", "medium", "large-v2", "large-v3")
+"""From the fastest to the most accurate."""
+
+PROVIDERS = ("openai", "anthropic", "groq", "ollama", "compatible")
+"""Who has language models: `compatible` is any address that speaks OpenAI's protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,27 @@ class VoiceConfig:
     stt: str = "auto"
     """An engine's ovos-plugin-manager name; `auto` is the best one here."""
     tts: str = "auto"
+    stt_model: str = "auto"
+    """A Whisper model, tiny to large-v3; `auto` is the `default_stt_model` of the tenant's settings."""
+    stt_language: str = ""
+    """What is spoken: a BCP 47 tag, `auto` to detect it, empty for `language`."""
+    stt_vad: bool = True
+    """Whether silence within an utterance is cut out before it is recognised."""
+    stt_fallbacks: tuple[str, ...] = ()
+    """Engines that are asked, in this order, when `stt` fails."""
+    tts_fallbacks: tuple[str, ...] = ()
+    llm_provider: str = "auto"
+    """One of `PROVIDERS`; `auto` is the `default_llm_provider` of the tenant's settings."""
+    llm_model: str = "auto"
+    """A model of that provider's; `auto` is the `default_llm_model` of the tenant's settings."""
+    llm_fallbacks: tuple[str, ...] = ()
+    """Providers that are asked, in this order, when `llm_provider` fails: `provider/model`."""
+    llm_url: str = ""
+    """Where the provider `compatible` is: an https address; empty for the operator's."""
+    llm_temperature: float = 0.7
+    """0 to 2: from the most likely words to surprising ones."""
+    llm_max_tokens: int = 1024
+    """256 to 4096 tokens an answer."""
 
     def __post_init__(self) -> None:
         for param in ("voice", "stt", "tts"):
@@ -55,6 +84,36 @@ class VoiceConfig:
             raise BadInput(f"disabled_skills must be at most {_MOST_SKILLS} skill ids.", param="disabled_skills")
         for skill in self.disabled_skills:
             shaped(skill, "disabled_skills", _SKILL, "skill ids such as skill-account.agentvoicebox")
+        self._check_hearing()
+        self._check_language_model()
+
+    def _check_hearing(self) -> None:
+        if self.stt_model not in ("auto", *WHISPER_MODELS):
+            raise BadInput(f"stt_model must be auto, {', '.join(WHISPER_MODELS)}.", param="stt_model")
+        if self.stt_language not in ("", "auto"):
+            shaped(self.stt_language, "stt_language", _LANGUAGE, "a language tag such as en-US, or auto")
+        yes_or_no(self.stt_vad, "stt_vad")
+        for param in ("stt_fallbacks", "tts_fallbacks"):
+            for name in _several(getattr(self, param), param):
+                shaped(name, param, _NAME, "names of engines")
+
+    def _check_language_model(self) -> None:
+        if self.llm_provider not in ("auto", *PROVIDERS):
+            raise BadInput(f"llm_provider must be auto, {', '.join(PROVIDERS)}.", param="llm_provider")
+        shaped(
+            self.llm_model, "llm_model", _MODEL, "a model of letters, digits and . _ : / + -, at most 100 characters"
+        )
+        for name in _several(self.llm_fallbacks, "llm_fallbacks"):
+            provider, _, model = str(name).partition("/")
+            if provider not in PROVIDERS or not _MODEL.fullmatch(model):
+                raise BadInput("llm_fallbacks must be like groq/llama-3.1-8b-instant.", param="llm_fallbacks")
+        if self.llm_url != "":
+            public_url(self.llm_url, "llm_url")
+        if isinstance(self.llm_temperature, bool) or not isinstance(self.llm_temperature, int | float):
+            raise BadInput("llm_temperature must be a number.", param="llm_temperature")
+        if not 0 <= self.llm_temperature <= 2:
+            raise BadInput("llm_temperature must be 0 to 2.", param="llm_temperature")
+        number(self.llm_max_tokens, "llm_max_tokens", 256, 4096)
 
 
 async def get(database: Database, tenant_id: uuid.UUID) -> VoiceConfig:
@@ -88,7 +147,7 @@ async def put(database: Database, tenant_id: uuid.UUID, config: VoiceConfig) -> 
 
 async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig) -> None:
     """Write the choices within a transaction of the caller's."""
-    chosen = {**asdict(config), "disabled_skills": list(config.disabled_skills)}
+    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     statement = insert(models.VoiceConfig).values(tenant_id=tenant_id, **chosen)
     await session.execute(
         statement.on_conflict_do_update(index_elements=["tenant_id"], set_={**chosen, "updated_at": func.now()})
@@ -99,5 +158,11 @@ async def _read(session: AsyncSession) -> VoiceConfig | None:
     row = (await session.execute(select(models.VoiceConfig))).scalar_one_or_none()
     if row is None:
         return None
-    chosen = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
-    return VoiceConfig(**{**chosen, "disabled_skills": tuple(row.disabled_skills)})
+    stored = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
+    return VoiceConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+
+
+def _several(given: object, param: str) -> tuple[object, ...]:
+    if not isinstance(given, tuple) or len(given) > _MOST_FALLBACKS:
+        raise BadInput(f"{param} must be a list of at most {_MOST_FALLBACKS}.", param=param)
+    return given

@@ -14,6 +14,7 @@ from agentvoicebox.tenancy.models.people import (
     Role,
     User,
 )
+from agentvoicebox.tenancy.models.personas import Persona, PersonaStatus
 from agentvoicebox.tenancy.models.secrets import DataKey, Secret, SecretVersion
 from agentvoicebox.tenancy.models.sessions import EventType, Session, SessionEvent, SessionMonth, SessionStatus
 from agentvoicebox.tenancy.models.tenants import (
@@ -54,6 +55,8 @@ __all__ = [
     "Member",
     "MemberStatus",
     "Metric",
+    "Persona",
+    "PersonaStatus",
     "Project",
     "ProjectEnvironment",
     "RateClass",

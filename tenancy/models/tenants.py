@@ -104,9 +104,16 @@ class Project(TenantOwned, Timestamped, Base):
     environment: Mapped[Environment] = mapped_column(choice(Environment), server_default=Environment.DEVELOPMENT)
     config: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     is_default: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    default_persona_id: Mapped[uuid.UUID | None]
+    """Who answers in its sessions, unless a session says otherwise; none means the tenant's default."""
 
     __table_args__ = (
         tenant_key(),
+        ForeignKeyConstraint(
+            ["tenant_id", "default_persona_id"],
+            ["personas.tenant_id", "personas.id"],
+            ondelete="SET NULL (default_persona_id)",
+        ),
         one_of("environment", Environment),
         Index("projects_default_key", "tenant_id", unique=True, postgresql_where=text("is_default")),
     )
@@ -125,8 +132,24 @@ class VoiceConfig(TenantOwned, Timestamped, Base):
     disabled_skills: Mapped[list[str]]
     stt: Mapped[str] = mapped_column(String(64))
     tts: Mapped[str] = mapped_column(String(64))
+    stt_model: Mapped[str] = mapped_column(String(50), server_default="auto")
+    stt_language: Mapped[str] = mapped_column(String(35), server_default="")
+    stt_vad: Mapped[bool] = mapped_column(Boolean, server_default=text("true"))
+    stt_fallbacks: Mapped[list[str]] = mapped_column(server_default=text("'{}'"))
+    tts_fallbacks: Mapped[list[str]] = mapped_column(server_default=text("'{}'"))
+    llm_provider: Mapped[str] = mapped_column(String(50), server_default="auto")
+    llm_model: Mapped[str] = mapped_column(String(100), server_default="auto")
+    llm_fallbacks: Mapped[list[str]] = mapped_column(server_default=text("'{}'"))
+    llm_url: Mapped[str] = mapped_column(server_default="")
+    llm_temperature: Mapped[float] = mapped_column(Double, server_default=text("0.7"))
+    llm_max_tokens: Mapped[int] = mapped_column(Integer, server_default=text("1024"))
 
-    __table_args__ = (tenant_key(), CheckConstraint("speed BETWEEN 0.5 AND 2.0", name="speed"))
+    __table_args__ = (
+        tenant_key(),
+        CheckConstraint("speed BETWEEN 0.5 AND 2.0", name="speed"),
+        CheckConstraint("llm_temperature BETWEEN 0 AND 2", name="llm_temperature"),
+        CheckConstraint("llm_max_tokens BETWEEN 256 AND 4096", name="llm_max_tokens"),
+    )
 
 
 class TenantSettings(TenantOwned, Timestamped, Base):
