@@ -93,7 +93,7 @@ async def measure() -> None:
             await node.wait()
     cpu = after.user + after.system - before.user - before.system
     report(
-        "list_endpoint_p95",
+        "tenancy.list_endpoint_p95",
         percentile(times, 0.95),
         "ms",
         BAR,

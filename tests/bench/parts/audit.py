@@ -55,7 +55,7 @@ async def measure() -> None:
         took = time.perf_counter() - begin
         assert not verdict.broken
         report(
-            "audit.verify", verdict.rows / took, "lines/s", 50_000, "recomputing", "higher", lines=verdict.rows,
+            "tenancy.audit.verify", verdict.rows / took, "lines/s", 50_000, "recomputing", "higher", lines=verdict.rows,
             chains=verdict.tenants,
         )  # fmt: skip
 
@@ -80,7 +80,7 @@ async def _append(database: Database, chains: int, floor: float) -> None:
     took = time.perf_counter() - begin
     lines = len(times)
     report(
-        "audit.append",
+        "tenancy.audit.append",
         lines / took,
         "lines/s",
         500,

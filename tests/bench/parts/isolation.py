@@ -149,11 +149,11 @@ def compare(address: Address, ids: list[UUID], **size: int) -> None:
     detail["over_bare_percent"] = round(more("isolated", "bare"), 1)
     detail |= size | {"rounds": len(used["bare"]), "transactions": TRANSACTIONS}
     against = "the same round trips with an explicit filter and no row security"
-    report("rls_cpu_overhead", more("isolated", "filtered"), "%", 15, against, **detail)
-    report("rls_cpu_overhead_filter_forgotten", more("forgotten", "filtered"), "%", 15, against)
+    report("tenancy.rls_cpu_overhead", more("isolated", "filtered"), "%", 15, against, **detail)
+    report("tenancy.rls_cpu_overhead_filter_forgotten", more("forgotten", "filtered"), "%", 15, against)
     waited = askers["isolated"].waited
     report(
-        "rls_list_p95",
+        "tenancy.rls_list_p95",
         percentile(waited, 0.95) * 1000,
         "ms",
         5,

@@ -75,11 +75,20 @@ async def _checks(database: Database, made: list[Tenant], feed: Feed, ring: Keyr
 
     spent = {work: await _cpu(feed, work) for work in (check, use, nothing)}
     loop = spent[nothing]
-    report("key_check", spent[check] - loop, "us", 2.0, "bar", keys=CACHED, checks=CHECKS, empty_loop=round(loop, 3))
-    report("key_use", spent[use] - loop, "us", 1.0, "bar", keys=CACHED)
+    report(
+        "tenancy.key_check",
+        spent[check] - loop,
+        "us",
+        2.0,
+        "bar",
+        keys=CACHED,
+        checks=CHECKS,
+        empty_loop=round(loop, 3),
+    )
+    report("tenancy.key_use", spent[use] - loop, "us", 1.0, "bar", keys=CACHED)
     begin = time.process_time()
     await ring.flush()
-    report("key_uses_written", (time.process_time() - begin) / CACHED * 1e6, "us", 50.0, "per key", keys=CACHED)
+    report("tenancy.key_uses_written", (time.process_time() - begin) / CACHED * 1e6, "us", 50.0, "per key", keys=CACHED)
 
 
 async def _cpu(feed: Feed, work: Callable[[], Awaitable[None]]) -> float:
@@ -117,7 +126,7 @@ async def _revocations(
             took.append(max(seen - acknowledged, 0.0) * 1e3)  # the other process may hear of the commit before we do
             whole.append((seen - begin) * 1e3)
     report(
-        "revocation_push_cut" if cut else "revocation",
+        "tenancy.revocation_push_cut" if cut else "tenancy.revocation",
         percentile(took, 0.99),
         "ms",
         bar,

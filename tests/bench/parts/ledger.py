@@ -73,7 +73,7 @@ async def capacity(ledger: Ledger, backend: psutil.Process) -> None:
         found.append((EVENTS / wall, own / EVENTS * 1e6, servers / EVENTS * 1e6))
     rate, own, servers = (statistics.median(values) for values in zip(*found, strict=True))
     report(
-        "ledger.capacity",
+        "tenancy.ledger.capacity",
         rate,
         "events/s",
         50_000,
@@ -104,7 +104,7 @@ async def request_path(ledger: Ledger, backend: psutil.Process) -> None:
         costs[callers] = own, servers
     fewer = {f"own_cpu_us_{callers}_in_flight": round(own, 1) for callers, (own, _) in costs.items() if callers < 256}
     report(
-        "ledger.event_cpu",
+        "tenancy.ledger.event_cpu",
         costs[256][0],
         "us",
         20,

@@ -79,7 +79,7 @@ def decisions() -> None:
 
     empty = cpu_per_call(floor, CALLS)
     report(
-        "limits.decision",
+        "tenancy.limits.decision",
         cpu_per_call(decide, CALLS) - empty,
         "us",
         1.0,
@@ -112,7 +112,7 @@ async def reconciliation() -> None:
         await state.close()
     each = SUBJECTS * ROUNDS
     report(
-        "limits.reconciliation",
+        "tenancy.limits.reconciliation",
         spent / each * 1e6,
         "us",
         57.0,

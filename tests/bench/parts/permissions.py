@@ -98,7 +98,7 @@ async def measure() -> None:
             await feed.close()
             await connection.close()
     report(
-        "permission_check",
+        "tenancy.permission_check",
         statistics.median(found),
         "µs",
         5.0,

@@ -1,4 +1,4 @@
-"""What the parts of `./run bench tenancy` share: a store of their own, and lines of result."""
+"""What the parts of the benchmarks share: a store of their own, and lines of result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agentvoicebox.tenancy.embedded import serving
 def report(name: str, value: float, unit: str, bar: float, against: str, better: str = "lower", **detail: Any) -> None:
     """Print one measurement as one JSON object."""
     line = {
-        "name": f"tenancy.{name}",
+        "name": name,
         "value": round(value, 3),
         "unit": unit,
         "bar": bar,
