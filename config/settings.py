@@ -62,6 +62,29 @@ class Settings:
     """Name of the faster-whisper model that the engine `models` uses."""
     models_url: str | None = None
     """Where `avb models pull` fetches from; none means the addresses in the catalogue."""
+    speech: str = "threads"
+    """Where engines work: `threads` of the node, `processes` of their own, or the `queue` of `avb worker` in Redis."""
+    speech_processes: int = 2
+    """Processes that share the engines' work when `speech` is `processes`."""
+    speech_memory: int = 0
+    """MiB that loaded engines may hold before the one used longest ago is unloaded; 0 is half of this machine's."""
+    openai_key: str | None = field(default=None, repr=False)
+    """Keys of the platform with providers, for tenants that bring none of their own; none means no such provider."""
+    openai_url: str | None = None
+    """Addresses of providers; none means the provider's own."""
+    anthropic_key: str | None = field(default=None, repr=False)
+    anthropic_url: str | None = None
+    groq_key: str | None = field(default=None, repr=False)
+    groq_url: str | None = None
+    ollama_url: str | None = None
+    """Of an Ollama server; none means that there is none."""
+    compatible_url: str | None = None
+    """Of a server that speaks OpenAI's protocol, such as vLLM or llama.cpp."""
+    compatible_key: str | None = field(default=None, repr=False)
+    deepgram_key: str | None = field(default=None, repr=False)
+    deepgram_url: str | None = None
+    private_urls: bool = False
+    """Whether addresses that tenants give for providers may lead into private networks."""
     log_level: str = "INFO"
     """`DEBUG`, `INFO`, `WARNING` or `ERROR`; of our own log, other packages' begins at warnings."""
     log_format: str = "auto"
@@ -70,12 +93,23 @@ class Settings:
 
 _PATHS = ("data", "models", "tls_cert", "tls_key")
 _LISTS = ("languages", "allowed_origins", "trusted_proxies")
-_SECRET = ("database", "redis", "secrets_keys")
+_SECRET = (
+    *("database", "redis", "secrets_keys"),
+    *("openai_key", "anthropic_key", "groq_key", "compatible_key", "deepgram_key"),
+)
 """An address may hold a password."""
-_RANGES = {"workers": (1, 64), "cells": (1, 256), "port": (0, 65535)}
+_ADDRESSES = ("openai_url", "anthropic_url", "groq_url", "ollama_url", "compatible_url", "deepgram_url")
+_RANGES = {
+    "workers": (1, 64),
+    "cells": (1, 256),
+    "port": (0, 65535),
+    "speech_processes": (1, 64),
+    "speech_memory": (0, 16_777_216),
+}
 _CHOICES = {
     "engine": ("auto", "offline", "models"),
     "vad": ("silero", "webrtc"),
+    "speech": ("threads", "processes", "queue"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),
     "log_format": ("auto", "console", "json"),
 }
@@ -177,7 +211,7 @@ def _convert(name: str, value: Any) -> Any:
             return _whole(value, *_RANGES[name])
         if name == "vad_hangover":
             return _seconds(value, 0.05, 5)
-        if name == "behind_proxy":
+        if name in ("behind_proxy", "private_urls"):
             return _boolean(value)
         if name in _LISTS:
             parts = _list(value)
@@ -189,6 +223,8 @@ def _convert(name: str, value: Any) -> Any:
         text = _text(value)
         if name == "redis" and not _is_redis(text):
             raise ValueError("must be redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/socket")
+        if name in _ADDRESSES and not _is_http(text):
+            raise ValueError("must be an address such as https://host/v1")
         if name == "base_domain" and not _DOMAIN.fullmatch(text):
             raise ValueError("must be a domain such as voice.example.com")
         if name in _CHOICES and text not in _CHOICES[name]:
@@ -235,6 +271,15 @@ def _is_network(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_http(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.hostname) and port != 0
 
 
 def _is_redis(text: str) -> bool:

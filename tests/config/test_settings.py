@@ -72,6 +72,11 @@ def test_every_setting_can_come_from_the_environment_and_from_a_file(write: Writ
         "workers": "2", "cells": "3", "languages": "en-US,de-DE", "engine": "models",
         "vad": "webrtc", "vad_hangover": "0.4", "whisper": "tiny", "models_url": "https://m.example",
         "log_level": "DEBUG", "log_format": "json",
+        "speech": "queue", "speech_processes": "3", "speech_memory": "512", "private_urls": "yes",
+        "openai_key": "k1", "anthropic_key": "k2", "groq_key": "k3", "compatible_key": "k4", "deepgram_key": "k5",
+        "openai_url": "https://o.example", "anthropic_url": "https://a.example", "groq_url": "https://g.example",
+        "ollama_url": "http://l.example:11434", "compatible_url": "http://c.example/v1",
+        "deepgram_url": "https://d.example",
     }  # fmt: skip
     assert set(texts) == {each.name for each in fields(Settings)}
     by_environment = settings.load({}, {f"AVB_{name.upper()}": text for name, text in texts.items()})
@@ -90,6 +95,12 @@ def test_the_documentation_names_every_setting_and_its_default() -> None:
 def test_they_cannot_be_changed_afterwards() -> None:
     with pytest.raises(FrozenInstanceError):
         settings.load({}, HOME).port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["openai_key", "anthropic_key", "groq_key", "compatible_key", "deepgram_key"])
+def test_a_key_of_a_provider_is_not_shown(name: str) -> None:
+    assert "hunter2" not in repr(settings.load({name: "hunter2"}, HOME))
+    assert "hunter2" not in str(refused(**{name: ["hunter2"]}))
 
 
 def test_a_dsn_is_not_shown() -> None:
@@ -165,6 +176,11 @@ def test_what_is_no_address_of_redis_is_refused_and_not_shown(address: object) -
         ("allowed_origins", 7),
         ("trusted_proxies", "proxy.example"),
         ("trusted_proxies", "10.0.0.1/8"),
+        ("speech", "elsewhere"),
+        ("speech_processes", 0),
+        ("private_urls", "perhaps"),
+        ("ollama_url", "host:11434"),
+        ("compatible_url", "file:///etc/passwd"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_what_could(name: str, value: object) -> None:
