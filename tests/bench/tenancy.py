@@ -9,29 +9,12 @@ work; where something is compared, both sides run in turns in the same run.
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parts.reports import tell
-
-PARTS = ("keys", "permissions", "limits", "ledger", "audit", "isolation", "api")
-
-
-def main() -> int:
-    chosen = sys.argv[1:] or PARTS
-    unknown = [name for name in chosen if name not in PARTS]
-    if unknown:
-        tell(f"There is no part {unknown[0]!r}; there is: {', '.join(PARTS)}")
-        return 2
-    for name in chosen:
-        tell(f"measuring {name}")
-        asyncio.run(importlib.import_module(f"parts.{name}").measure())
-    return 0
-
+from parts.reports import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(("keys", "permissions", "limits", "ledger", "audit", "isolation", "api")))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def report(name: str, value: float, unit: str, bar: float, against: str, better:
 def tell(text: str) -> None:
     """Say on stderr what is being done."""
     print(text, file=sys.stderr, flush=True)
+
+
+def run(parts: Sequence[str]) -> int:
+    """Measure the parts that the command line names, or all; the exit code."""
+    chosen = sys.argv[1:] or parts
+    unknown = [name for name in chosen if name not in parts]
+    if unknown:
+        tell(f"There is no part {unknown[0]!r}; there is: {', '.join(parts)}")
+        return 2
+    for name in chosen:
+        tell(f"measuring {name}")
+        asyncio.run(importlib.import_module(f"parts.{name}").measure())
+    return 0
 
 
 def percentile(values: list[float], part: float) -> float:
