@@ -20,20 +20,28 @@ from agentvoicebox.admin_api import (
     errors,
     health,
     keys,
+    llm,
     openapi,
+    personas,
     projects,
     sessions,
     settings,
+    stt,
     tenants,
     usage,
     visits,
+    voice,
 )
 from agentvoicebox.admin_api.door import Door
+from agentvoicebox.bus_bridge.answers import Answers
+from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.config.errors import AvbError
+from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.domains import Resolver
 from agentvoicebox.tenancy.keyring import Keyring
 from agentvoicebox.tenancy.limits import Limiter
+from agentvoicebox.tenancy.masterkeys import MasterKeys
 from agentvoicebox.tenancy.metering import Ledger
 
 ROUTERS = (
@@ -46,7 +54,11 @@ ROUTERS = (
     admin_tenants.router,
     keys.router,
     projects.router,
+    personas.router,
     sessions.router,
+    voice.router,
+    stt.router,
+    llm.router,
     usage.router,
     audit.router,
 )
@@ -67,12 +79,17 @@ def create(
     base: str = "",
     checks: Mapping[str, health.Check] | None = None,
     resolver: Resolver | None = None,
+    engines: Engines | None = None,
+    answers: Answers | None = None,
+    secrets: MasterKeys | None = None,
+    solvers: Solvers | None = None,
 ) -> FastAPI:
     """The application over its parts, to be served by a `Node`.
 
     `operator` is the operator's key, empty for none. `base` is the domain whose subdomains are slugs of tenants.
-    `checks` are what the node needs beside the store, for `/health/ready`. Raises `AssertionError` when a route does
-    not say who may use it.
+    `checks` are what the node needs beside the store, for `/health/ready`. Routes that speak, listen or answer refuse
+    with `no_engines` where what they need is not given. Raises `AssertionError` when a route does not say who may
+    use it.
     """
     app = FastAPI(
         title="AgentVoiceBox API",
@@ -94,6 +111,11 @@ def create(
     app.state.readiness = health.Readiness({"db": ask_store, **(checks or {})})
     app.state.resolver = resolver or domains.NoResolver()
     app.state.gateway = None
+    app.state.ledger = ledger
+    app.state.engines = engines
+    app.state.answers = answers
+    app.state.secrets = secrets
+    app.state.solvers = solvers
     for router in ROUTERS:
         # As they are: `include_router` would match every request against every router first, and then once more.
         app.router.routes.extend(router.routes)

@@ -34,7 +34,9 @@ FREE = frozenset({"/health", "/health/ready", "/metrics"})
 _CONTROLS = re.compile("[\\x00-\\x1f\\x7f\ufffd]")
 """The last one is what stands for bytes that are no UTF-8."""
 _ACTIONS = {"POST": Action.CREATE, "PUT": Action.UPDATE, "PATCH": Action.UPDATE, "DELETE": Action.DELETE}
-_KINDS = ("admin", "api-keys", "audit", "projects", "sessions", "tenants", "usage", "voice")
+_KINDS = (
+    *("admin", "api-keys", "audit", "llm", "personas", "projects", "sessions", "stt", "tenants", "usage", "voice"),
+)
 _IN_QUERY = frozenset({"key", "api-key", "apikey", "x-api-key", "token", "access_token", "authorization"})
 
 

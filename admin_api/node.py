@@ -13,6 +13,7 @@ from typing import Any
 
 from agentvoicebox.admin_api import errors
 from agentvoicebox.admin_api.visits import VISIT, Visit
+from agentvoicebox.bus_bridge.chat import ChatDoor
 from agentvoicebox.bus_bridge.connection import Message, Receive
 from agentvoicebox.bus_bridge.outbox import Send
 from agentvoicebox.config.errors import AvbError
@@ -29,15 +30,18 @@ _CORRELATION = re.compile(rb"[A-Za-z0-9._:/+=-]{1,100}")
 class Node:
     """The ASGI application of a node."""
 
-    def __init__(self, gateway: Any, rest: Any) -> None:
+    def __init__(self, gateway: Any, rest: Any, chat: ChatDoor | None = None) -> None:
         self._gateway = gateway
         self._rest = rest
+        self._chat = chat
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Serve one connection (ASGI)."""
         scope["client"] = _address(scope.get("client"))
         if scope["type"] == "websocket":
             await self._gateway(scope, receive, _named(send))
+        elif self._chat is not None and self._chat.serves(scope["path"]):
+            await self._chat(scope, receive, _named(send))
         else:
             await self._answer(scope, receive, send)
 
@@ -80,11 +84,11 @@ class Node:
 
 
 def _named(send: Send) -> Send:
-    """Sends what it is given, and gives an id to what opens a socket, or refuses to."""
+    """Sends what it is given, and gives an id to what begins an answer, or opens a socket, or refuses to."""
     request_id = (b"x-request-id", uuid.uuid4().hex.encode())
 
     async def reply(message: Message) -> None:
-        if message["type"] in ("websocket.accept", "websocket.http.response.start"):
+        if message["type"] in ("http.response.start", "websocket.accept", "websocket.http.response.start"):
             message = {**message, "headers": [*message.get("headers", []), request_id]}
         await send(message)
 

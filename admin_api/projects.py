@@ -69,6 +69,8 @@ class Project(View):
     environment: Environment
     config: dict[str, Any]
     is_default: bool
+    default_persona_id: uuid.UUID | None
+    """Who answers in its sessions, unless a session says otherwise; none for the tenant's default."""
     created_at: datetime
     updated_at: datetime
 

@@ -24,7 +24,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class UnsupportedMediaType(AvbError):
-    """The body is not JSON."""
+    """The body is not of a kind that its route reads."""
 
     status = 415
     default_code = "unsupported_media_type"
@@ -39,10 +39,15 @@ class ClientGone(AvbError):
 
 async def read(request: Request, kind: type[T]) -> T:
     """The request's JSON body; an empty body is an empty object. Raises `BadInput` naming the field, or `TooLarge`."""
-    most = visits.of(request.scope).most
     given = request.headers.get("content-type")
     if given is not None and not _JSON.fullmatch(given):
         raise UnsupportedMediaType("The body must be JSON: send Content-Type: application/json.")
+    return decode(await received(request), kind)
+
+
+async def received(request: Request) -> bytes:
+    """The request's body as it is, within the bound of its route. Raises `TooLarge`."""
+    most = visits.of(request.scope).most
     body = bytearray()
     while True:
         message = await request.receive()
@@ -52,7 +57,7 @@ async def read(request: Request, kind: type[T]) -> T:
         if len(body) > most:
             raise TooLarge(f"A request body holds at most {most} bytes here.")
         if not message.get("more_body"):
-            return decode(bytes(body), kind)
+            return bytes(body)
 
 
 def decode(body: bytes, kind: type[T]) -> T:

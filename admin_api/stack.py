@@ -6,11 +6,13 @@ import asyncio
 import fcntl
 import logging
 import os
+import secrets
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import uvicorn
 
@@ -20,19 +22,26 @@ from agentvoicebox.admin_api.housekeeping import Housekeeping, Task
 from agentvoicebox.admin_api.http import BoundedProtocol
 from agentvoicebox.admin_api.node import Node
 from agentvoicebox.bus_bridge import cells, vad
+from agentvoicebox.bus_bridge.answers import Answers
 from agentvoicebox.bus_bridge.books import Books
 from agentvoicebox.bus_bridge.bus import Bus
 from agentvoicebox.bus_bridge.cells import Cell
+from agentvoicebox.bus_bridge.chat import CellDoor, ChatDoor
+from agentvoicebox.bus_bridge.credentials import Credentials
 from agentvoicebox.bus_bridge.door import Door
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.gateway import Cells, Gateway
 from agentvoicebox.bus_bridge.websocket import BatchingProtocol
 from agentvoicebox.bus_bridge.wire import MAX_FRAME
+from agentvoicebox.config import ovos
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins import models
+from agentvoicebox.plugins.chat import Chats
+from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.plugins.pool import Pool
-from agentvoicebox.tenancy import audit, keys, outbox, sessions, state, usage
+from agentvoicebox.plugins.spoken import Spoken
+from agentvoicebox.tenancy import audit, keys, outbox, personas, sessions, state, usage
 from agentvoicebox.tenancy import database as stores
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
@@ -40,14 +49,19 @@ from agentvoicebox.tenancy.dns import Dns
 from agentvoicebox.tenancy.embedded import Postgres
 from agentvoicebox.tenancy.keyring import Keyring
 from agentvoicebox.tenancy.limits import Limiter, Reconciler
+from agentvoicebox.tenancy.masterkeys import EnvironmentKeys, FileKeys, MasterKeys
 from agentvoicebox.tenancy.metering import Ledger
 from agentvoicebox.tenancy.state import SharedState
+
+if TYPE_CHECKING:
+    from agentvoicebox.plugins.pool.processes import Processes
+    from agentvoicebox.plugins.pool.streams import Streams
 
 log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
-MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+SOON, MINUTE, HOUR, DAY = 5.0, 60.0, 3600.0, 86400.0
 
 AGAIN = 1.0
 """Seconds before something that failed is tried again."""
@@ -60,6 +74,8 @@ class Stack:
     gateway: Gateway
     limiter: Limiter
     engines: Engines
+    _keys: MasterKeys
+    _solvers: Solvers
     postgres: Postgres | None = None
     operator_key_made = False
     """Whether this is the first start, and the operator has not seen the key yet."""
@@ -73,6 +89,9 @@ class Stack:
         self._exit = AsyncExitStack()
         self._serving: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
+        self._inside: socket.socket | None = None
+        """Where cells ask the node; nobody else reaches it."""
+        self._cell_key = secrets.token_urlsafe(32)
 
     @property
     def url(self) -> str:
@@ -104,6 +123,7 @@ class Stack:
         _create_private(self.settings.data)
         exit_stack.enter_context(owned(self.settings.data))
         self._socket = exit_stack.enter_context(_listen(self.settings))
+        self._inside = exit_stack.enter_context(socket.create_server((ovos.HOST, 0)))
         # The slowest first: core loads its skills in its own process while the rest happens here.
         starting = [asyncio.create_task(self._start_cell(f"cell-{n + 1}")) for n in range(self.settings.cells)]
         try:
@@ -119,7 +139,10 @@ class Stack:
         await self._serve(Cells(buses))
 
     async def _start_cell(self, name: str) -> tuple[str, Bus]:
-        cell = self.cells[name] = Cell(name, self.settings.data / "cells" / name, self.settings.languages)
+        assert self._inside is not None
+        port = self._inside.getsockname()[1]
+        node = ovos.Node(f"http://{ovos.HOST}:{port}/v1", self._cell_key)
+        cell = self.cells[name] = Cell(name, self.settings.data / "cells" / name, self.settings.languages, node=node)
         self._exit.push_async_callback(cell.stop)
         await cell.start(self._tell)
         bus = Bus()
@@ -155,11 +178,31 @@ class Stack:
         if choice.notice:
             self._tell(choice.notice)
         self._tell(f"loading {choice.stt.plugin} and {choice.tts.plugin}")
-        pool = Pool()
+        runner = self._runner()
+        if runner is not None:
+            self._exit.push_async_callback(runner.close)
+        pool = Pool(memory=settings.speech_memory * 2**20, spoken=Spoken(), runner=runner)
         self._exit.callback(pool.close)
-        self.engines = Engines(pool, choice)
+        given = settings.secrets_keys
+        self._keys = EnvironmentKeys(given) if given is not None else FileKeys(settings.data / "master.keys")
+        self.engines = Engines(pool, choice, settings, Credentials(self.database, self._keys).get)
         await self.engines.load()
         await asyncio.to_thread(vad.warm, settings.vad)
+
+    def _runner(self) -> Processes | Streams | None:
+        """Who does the engines' work, when that is not this process."""
+        settings = self.settings
+        if settings.speech == "processes":
+            from agentvoicebox.plugins.pool.processes import Processes
+
+            return Processes(settings.speech_processes)
+        if settings.speech == "queue":
+            if settings.redis is None:
+                raise BadInput("AVB_SPEECH=queue needs AVB_REDIS, where `avb worker` finds its work.", param="speech")
+            from agentvoicebox.plugins.pool.streams import Streams  # Redis is not on every node
+
+            return Streams(settings.redis, models=settings.models)
+        return None
 
     async def _serve(self, buses: Cells) -> None:
         feed = Feed(self.database)
@@ -175,7 +218,8 @@ class Stack:
         books = Books(self.database, ledger)
         self._exit.push_async_callback(books.close)
         door = Door(self.settings, keyring, limiter)
-        self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, books)
+        answers = self._answers(ledger)
+        self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, answers, books)
         operator, self.operator_key_made = keys.operator_key(self.settings.data)
         rest = app.create(
             self.database,
@@ -186,18 +230,31 @@ class Stack:
             base=self.settings.base_domain or "",
             checks={"state": _asked(shared)},
             resolver=Dns(),
+            engines=self.engines,
+            answers=answers,
+            secrets=self._keys,
+            solvers=self._solvers,
         )
         rest.state.gateway = self.gateway.live
         self._keep_house(ledger)
-        server = _Server(configured(self.settings, Node(self.gateway, rest)))
+        assert self._inside is not None
         assert self._socket is not None
+        inside = _Server(loopback(CellDoor(answers, self._cell_key, buses.turn)))
+        asking = asyncio.create_task(inside.serve(sockets=[self._inside]))
+        self._exit.push_async_callback(_ended, inside, asking)
+        await _started(inside, asking)
+        server = _Server(configured(self.settings, Node(self.gateway, rest, ChatDoor(door, answers, ledger))))
         self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         self._exit.push_async_callback(self._close_door, server)
-        while not server.started:
-            if self._serving.done():
-                self._serving.result()
-                raise Unavailable("The server ended while it was starting.", code="server_failed")
-            await asyncio.sleep(0.005)
+        await _started(server, self._serving)
+
+    def _answers(self, ledger: Ledger) -> Answers:
+        """Who answers what no skill does."""
+        chats = Chats()
+        self._exit.push_async_callback(chats.close)
+        self._solvers = Solvers()
+        self._exit.callback(self._solvers.close)
+        return Answers(self.database, self._keys, chats, self._solvers, ledger, self.settings)
 
     async def _share(self) -> tuple[SharedState, Limiter]:
         """What this node shares with others, if there are any."""
@@ -215,6 +272,7 @@ class Stack:
             Task("audit months", DAY, lambda: audit.months(self.database)),
             Task("expired sessions", HOUR, lambda: sessions.expire(self.database)),
             Task("usage outbox", 5 * MINUTE, lambda: outbox.seal(self.database)),
+            Task("uses of personas", SOON, self._count_personas),
             Task("storage", DAY, lambda: usage.measure_storage(self.database, ledger)),
         ]
         if self.postgres is not None:  # else it is the operator who says where the archive is: `avb audit archive`
@@ -224,11 +282,31 @@ class Stack:
         housekeeping.start()
         self._exit.push_async_callback(housekeeping.close)
 
+    async def _count_personas(self) -> None:
+        uses, self.gateway.uses = self.gateway.uses, Counter()
+        try:
+            await personas.count_uses(self.database, uses)
+        except AvbError:
+            self.gateway.uses.update(uses)
+            raise
+
     async def _close_door(self, server: uvicorn.Server) -> None:
         await self.gateway.close()
-        server.should_exit = True
-        if self._serving is not None:
-            await asyncio.gather(self._serving, return_exceptions=True)
+        assert self._serving is not None
+        await _ended(server, self._serving)
+
+
+async def _started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    while not server.started:
+        if serving.done():
+            serving.result()
+            raise Unavailable("The server ended while it was starting.", code="server_failed")
+        await asyncio.sleep(0.005)
+
+
+async def _ended(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await asyncio.gather(serving, return_exceptions=True)
 
 
 def _asked(shared: SharedState) -> Check:
@@ -292,6 +370,21 @@ def configured(settings: Settings, node: Node) -> uvicorn.Config:
         timeout_graceful_shutdown=5,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
+    )
+
+
+def loopback(app: CellDoor) -> uvicorn.Config:
+    """How the cells of this machine are served."""
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
     )
 
 

@@ -33,6 +33,35 @@ class Inlet:
         return pcm[:whole]
 
 
+class Outlet:
+    """A voice's audio, brought to the client's rate chunk by chunk."""
+
+    __slots__ = ("_rate", "_source", "_stream")
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._source = rate
+        self._stream = None
+
+    def take(self, pcm: bytes, source: int) -> bytes:
+        """Add 16-bit mono audio at `source` Hz; return what there is of it at the client's rate."""
+        before = b""
+        if source != self._source:
+            before = self.end()
+            self._source = source
+            if source != self._rate:
+                self._stream = soxr.ResampleStream(source, self._rate, 1, dtype="int16", quality="HQ")
+        if self._stream is None:
+            return before + pcm
+        return before + bytes(self._stream.resample_chunk(np.frombuffer(pcm, "<i2")).tobytes())
+
+    def end(self) -> bytes:
+        """What the filter has held back."""
+        stream, self._stream = self._stream, None
+        self._source = self._rate
+        return b"" if stream is None else bytes(stream.resample_chunk(np.zeros(0, "<i2"), last=True).tobytes())
+
+
 def resample(pcm: bytes, source: int, target: int) -> bytes:
     """A whole stretch of 16-bit mono audio at another rate."""
     if source == target or not pcm:

@@ -54,6 +54,26 @@ def _nothing() -> None:
     """Nobody waits for the end of the session."""
 
 
+class Spent(NamedTuple):
+    """What a session has used that its record does not tell of yet."""
+
+    audio_seconds: float = 0.0
+    """Of speech, understood and made."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def more(self, other: Spent) -> Spent:
+        """Both together."""
+        return Spent(
+            self.audio_seconds + other.audio_seconds,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+
+NOTHING = Spent()
+
+
 @dataclass(slots=True, eq=False)
 class SessionBooks:
     """The books of one session."""
@@ -64,8 +84,7 @@ class SessionBooks:
     session_id: uuid.UUID
     sequence: int = 0
     """Number of the next line. A session is connected once: `Books.end` says when its record is closed."""
-    audio_seconds: float = 0.0
-    """Of speech, understood and made, that its record does not tell of yet."""
+    spent: Spent = NOTHING
     due: float = 0.0
     """When its time is to be metered again, in seconds of the node's clock that never goes back."""
     over: bool = False
@@ -96,7 +115,7 @@ class SessionBooks:
         await self.books.ledger.record(
             [self._usage(f"{key}:{metric}", metric, quantity) for metric, quantity in used.items() if quantity > 0]
         )
-        self.audio_seconds += stt_seconds + tts_seconds
+        self.spent = self.spent.more(Spent(stt_seconds + tts_seconds))
 
     def _usage(self, name: str, metric: Metric, quantity: float) -> Usage:
         return Usage(
@@ -183,6 +202,10 @@ class _Meter:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="meter")
 
+    def find(self, key: _Key) -> SessionBooks | None:
+        """The books of a session whose time runs."""
+        return self._sessions.get(key)
+
     def end(self, key: _Key) -> SessionBooks | None:
         """The session's time is over; returns it, or nothing for one that never began."""
         session = self._sessions.pop(key, None)
@@ -234,7 +257,7 @@ class _Meter:
                 if not one.open:
                     del self._crowds[one.tenant_id]
                     continue
-            elif one.audio_seconds:
+            elif one.spent != NOTHING:
                 self._heard(one)
             one.due = now + MINUTE
             self._due.append(one)
@@ -290,6 +313,11 @@ class Books:
         session = SessionBooks(self, grant.tenant_id, grant.project_id, session_id, sequence)
         self._meter.begin(session)
         return session
+
+    def count(self, tenant_id: uuid.UUID, session_id: uuid.UUID, input_tokens: int, output_tokens: int) -> None:
+        """A language model has read and written for the session; the ledger has that already."""
+        if (session := self._meter.find((tenant_id, session_id))) is not None:
+            session.spent = session.spent.more(Spent(0.0, input_tokens, output_tokens))
 
     def note(self, tenant_id: uuid.UUID, session_id: uuid.UUID, event: sessions.Event) -> None:
         """Take a line of history; it is written soon."""
@@ -366,20 +394,20 @@ class Books:
                     del self._waiting[tenant_id, session_id]
         for key, session in list(self._heard.items()):
             del self._heard[key]
-            seconds, session.audio_seconds = session.audio_seconds, 0.0
-            add = sessions.add_usage(self._database, *key, audio_seconds=seconds)
+            spent, session.spent = session.spent, NOTHING
+            add = sessions.add_usage(self._database, *key, **spent._asdict())
             if not await _tried("usage", session.session_id, add):
-                session.audio_seconds += seconds  # a minute later, or with the end
+                session.spent = session.spent.more(spent)  # a minute later, or with the end
         for key, end in list(self._ended.items()):
             if key not in self._waiting and await _tried("end", key[1], self._finish(*key, end)):
                 self._settle(key)
 
     async def _finish(self, tenant_id: uuid.UUID, session_id: uuid.UUID, end: _End) -> None:
-        audio = end.books.audio_seconds if end.books is not None else 0.0
+        spent = end.books.spent if end.books is not None else NOTHING
         # An administrator has ended it in the store already, and then on the node.
         with suppress(Conflict):
             await sessions.finish(
-                self._database, tenant_id, session_id, end.status, reason=end.reason, audio_seconds=audio
+                self._database, tenant_id, session_id, end.status, reason=end.reason, **spent._asdict()
             )
 
     def _settle(self, key: _Key) -> None:

@@ -155,7 +155,7 @@ class Line:
 
     `tell` receives the session's events, and `settle` the word that no more come at this moment. `context` holds
     further top-level context keys (strings) that every message of this session carries, `disabled_skills` the skills
-    that must not answer.
+    that must not answer. `talk` is the session's conversation, for whoever answers a turn in the name of its persona.
     """
 
     __slots__ = (
@@ -166,6 +166,7 @@ class Line:
         "language",
         "settle",
         "state",
+        "talk",
         "tell",
         "tenant_id",
         "turn_id",
@@ -185,6 +186,7 @@ class Line:
         self.settle: Callable[[], None] = _nothing
         self.context = context
         self.disabled_skills = disabled_skills
+        self.talk: object | None = None
         self.language = "en-US"
         self.turn_id = ""
         """The turn that was asked last; its messages change the OVOS session, and those of `asker`."""
@@ -294,12 +296,19 @@ class Bus:
     def drop(self, turn_id: str) -> None:
         """Nobody wants the rest of this turn; what core still says of it is not heard.
 
-        Core is not told to stop: stock skills that cannot stop one session stop all of them.
+        Only the persona is told to stop: stock skills that cannot stop one session stop all of them.
         """
         line = self._turns.pop(turn_id, None)
         waited = self._turnstile.leave(turn_id)
         if line is not None and not waited:
             self._abandoned.add(turn_id, line.tenant_id)
+            # Whoever works on it: we are not told. An OVOS session in it would come back to core's memory.
+            keys = {"avb_session": line.id, "tenant_id": line.tenant_id}
+            self._send({"type": "avb.persona.cancel", "data": {"turn": turn_id}, "context": keys})
+
+    def turn(self, turn_id: str) -> Line | None:
+        """The line whose turn this is, while an answer to it is wanted; None for every other turn."""
+        return self._turns.get(turn_id)
 
     def playback_ended(self, line: Line, turn_id: str) -> None:
         """Tell skills that wait for it that what they said has been played."""
@@ -460,6 +469,8 @@ class Bus:
             if turn_id == line.asker:
                 line.asker = ""
                 self._turns.pop(line.turn_id, None)  # the reply to the question, which core ends with this
+                if line.turn_id in self._turnstile.inside:
+                    self._turnstile.leave(line.turn_id)
             line.tell(ev.Handled(turn_id))
         elif turn_id in self._turns:
             line.tell(ev.Progressed(turn_id))

@@ -33,14 +33,16 @@ class Cell:
     """One stock OVOS stack without audio services. Start it, talk to `url`, stop it; it can be started again.
 
     `directory` belongs to the cell alone: configuration, settings of skills, `logs`. The route in `url` is new with
-    each start and secret: who knows it is on the bus, and the bus asks for no other key.
+    each start and secret: who knows it is on the bus, and the bus asks for no other key. `node` is where its persona
+    asks; without one it has none.
     """
 
-    def __init__(self, name: str, directory: Path, languages: Sequence[str]) -> None:
+    def __init__(self, name: str, directory: Path, languages: Sequence[str], node: ovos.Node | None = None) -> None:
         self.name = name
         self.directory = directory.absolute()
         self.url = ""
         self._languages = tuple(languages)
+        self._node = node
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
     @property
@@ -119,7 +121,7 @@ class Cell:
         """Begin both processes. The socket is ours and listens already, so core may knock before the bus is up."""
         with socket.create_server((ovos.HOST, 0)) as listening:
             port, route = listening.getsockname()[1], f"/{secrets.token_urlsafe(24)}"
-            ovos.write(self.directory, languages=self._languages, port=port, route=route)
+            ovos.write(self.directory, languages=self._languages, port=port, route=route, node=self._node)
             await self._spawn("messagebus", listening.fileno())
             await self._spawn("core")
         self.url = f"ws://{ovos.HOST}:{port}{route}"

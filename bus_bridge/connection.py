@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from agentvoicebox.bus_bridge import audio, native
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.bus import Bus, Line
+from agentvoicebox.bus_bridge.converse import Conversation
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.models import SessionSettings
 from agentvoicebox.bus_bridge.outbox import Outbox
@@ -73,6 +76,8 @@ class Connection:
         bus: Bus,
         engines: Engines,
         books: Books,
+        tenant: uuid.UUID,
+        conversation: Conversation,
         vad: str,
         languages: tuple[str, ...],
         receive: Receive,
@@ -85,6 +90,8 @@ class Connection:
         self._bus = bus
         self._engines = engines
         self._books = books
+        self._tenant = tenant
+        self._conversation = conversation
         self._vad_name = vad
         self._receive_message = receive
         self._languages = languages
@@ -244,6 +251,11 @@ class Connection:
         if isinstance(told, ev.ReplyAudio):
             self._outbox.post_lazily(self._audio_frames(told, settings))
         else:
+            if isinstance(told, ev.ReplyEnded):
+                self._conversation.note(told)
+            elif isinstance(told, ev.SettingsChanged):
+                self._conversation.talk.instructions = settings.instructions
+                self._conversation.talk.language = settings.language
             frames = self._codec.encode(told, settings)
             self._outbox.post(frames, pressing=not isinstance(told, ev.ReplyStarted))
 
@@ -257,12 +269,19 @@ class Connection:
                 self._begin(f"stt:{effect.item_id}:{effect.attempt}", self._transcribe(effect))
             case ev.CancelTranscription():
                 self._cancel(f"stt:{effect.item_id}:{effect.attempt}")
+            case ev.Guess():
+                self._begin(f"guess:{effect.item_id}", self._guess(effect))
             case ev.Ask():
                 self._bus.ask(self._line, effect.turn_id, effect.text, effect.language)
+            case ev.Converse():
+                self._begin(f"talk:{effect.turn_id}", self._converse(effect))
+            case ev.Return():
+                self._conversation.calls.returned(effect.call_id, effect.output)
             case ev.Synthesize():
                 self._begin(f"tts:{effect.turn_id}", self._synthesize(effect))
             case ev.CancelTurn():
                 self._cancel(f"tts:{effect.turn_id}")
+                self._cancel(f"talk:{effect.turn_id}")
                 self._bus.drop(effect.turn_id)
             case ev.PlaybackEnded():
                 self._bus.playback_ended(self._line, effect.turn_id)
@@ -274,31 +293,48 @@ class Connection:
     async def _transcribe(self, effect: ev.Transcribe) -> None:
         settings = self._session.settings
         try:
-            async with asyncio.timeout(ENGINE_SILENCE):
-                text = await self._engines.transcribe(effect.pcm, effect.language, settings.stt)
+            heard = await self._engines.transcribe(effect.pcm, settings, self._tenant, deadline=ENGINE_SILENCE)
         except Exception as error:
             self.hear(ev.TranscriptionFailed(effect.item_id, effect.attempt, *_failure(error, "stt")))
             return
-        self.hear(ev.Transcribed(effect.item_id, effect.attempt, text))
+        self.hear(ev.Transcribed(effect.item_id, effect.attempt, heard.text))
+
+    async def _guess(self, effect: ev.Guess) -> None:
+        """A guess is a favour: what goes wrong with it is nobody's business."""
+        text = None
+        with suppress(AvbError):
+            heard = await self._engines.transcribe(effect.pcm, self._session.settings, self._tenant, tentative=True)
+            text = heard.text
+        self.hear(ev.Guessed(effect.item_id, text))
+
+    async def _converse(self, effect: ev.Converse) -> None:
+        try:
+            await self._conversation.answer(effect, self._session.settings, self.hear)
+        except Exception as error:
+            self.hear(ev.AskFailed(effect.turn_id, *_failure(error, "llm")))
 
     async def _synthesize(self, effect: ev.Synthesize) -> None:
         settings = self._session.settings
         rate = settings.output_format.rate
+        outlet = audio.Outlet(rate)
         try:
-            async with asyncio.timeout(ENGINE_SILENCE):
-                speech = await self._engines.speak(effect.text, settings)
-            pcm = speech.pcm
-            if speech.seconds > LONG_AUDIO:
-                pcm = await asyncio.to_thread(audio.resample, pcm, speech.rate, rate)
-            else:
-                pcm = audio.resample(pcm, speech.rate, rate)
+            async with aclosing(
+                self._engines.stream(effect.text, settings, self._tenant, deadline=ENGINE_SILENCE)
+            ) as speech:
+                async for piece in speech:
+                    if piece.seconds > LONG_AUDIO:
+                        pcm = await asyncio.to_thread(outlet.take, piece.pcm, piece.rate)
+                    else:
+                        pcm = outlet.take(piece.pcm, piece.rate)
+                    if pcm:
+                        self.hear(ev.Synthesized(effect.turn_id, effect.index, pcm, rate, more=True))
         except Exception as error:
             self.hear(ev.SynthesisFailed(effect.turn_id, effect.index, *_failure(error, "tts")))
             return
         # The work is done, so that the next piece of the same turn may take its place.
         if self._work is not None:
             self._work.pop(f"tts:{effect.turn_id}", None)
-        self.hear(ev.Synthesized(effect.turn_id, effect.index, pcm, rate))
+        self.hear(ev.Synthesized(effect.turn_id, effect.index, outlet.end(), rate))
 
     async def _meter(self, effect: ev.Meter) -> None:
         try:

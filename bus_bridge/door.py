@@ -1,8 +1,9 @@
-"""Who may open a socket here: the checks before any upgrade, and the answer to those who may not.
+"""Who may open a socket here, or ask for an answer: the checks before, and the answer to those who may not.
 
 A tenant's API key with the scope `realtime` passes, from `Authorization: Bearer …`, `api-key: …`, or the subprotocol
 `openai-insecure-api-key.…` for browsers, and never from the query string; from an address that the tenant allows, and
-within the rates of key and tenant. Everything else is refused with the JSON error of the door's protocol.
+within the rates of key and tenant. Everything else is refused with the JSON error of the door's protocol. Requests are
+admitted alike, with `realtime` or `admin`, also where the tenant has switched its voice off: nothing is spoken there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from agentvoicebox.config.errors import AvbError, Forbidden, NotFound, RateLimit
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import limits
 from agentvoicebox.tenancy.keyring import Grant, Keyring
-from agentvoicebox.tenancy.limits import Exceeded, Limiter
+from agentvoicebox.tenancy.limits import Decision, Exceeded, Limiter
 from agentvoicebox.tenancy.models import VoiceProvider
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,28 @@ class Door:
 
     async def admit(self, scope: Scope) -> tuple[Credential, Grant]:
         """Whose key this is. Raises `RateLimited`, `Forbidden`, `Refused`, `NotFound`, `Unavailable`."""
+        headers = _headers(scope)
+        self._check_origin(headers, scope["scheme"])
+        credential, grant = await self._identify(scope, headers)
+        check(grant, credential.ip)
+        self._count(grant, credential)
+        return credential, grant
+
+    async def admit_request(self, scope: Scope) -> tuple[Grant, Decision]:
+        """Whose key an HTTP request carries, and how that one now stands with its rates. Raises as `admit`."""
+        credential, grant = await self._identify(scope, _headers(scope))
+        if not grant.scopes & {"realtime", "admin"}:
+            grant.require("realtime")
+        grant.admit(credential.ip)
+        return grant, self._count(grant, credential)
+
+    async def _identify(self, scope: Scope, headers: dict[str, str]) -> tuple[Credential, Grant]:
         ip = address(scope)
         place = ip or ""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self._check_origin(headers, scope["scheme"])
         try:
             if _names(scope["query_string"]) & {"key", "api_key", "api-key", "token", "access_token"}:
                 raise Refused("Keys do not belong into a URL: send `Authorization: Bearer …`.", code="invalid_api_key")
-            secret = _secret(headers, scope["subprotocols"])
+            secret = _secret(headers, scope.get("subprotocols", []))
             if secret is None:
                 raise Refused("An API key is needed: send `Authorization: Bearer avb_…`.", code="authentication_failed")
             grant = self.keyring.known(secret)
@@ -69,11 +84,12 @@ class Door:
             self.limiter.admit_anonymous(place)  # a tenant that is not active pays nothing, and may not ask for ever
             raise
         _check_tenant(headers, grant)
-        credential = Credential(secret, ip)
-        check(grant, ip)
-        self.limiter.admit_request(grant, place)
-        self.keyring.used(grant, ip)
-        return credential, grant
+        return Credential(secret, ip), grant
+
+    def _count(self, grant: Grant, credential: Credential) -> Decision:
+        decision = self.limiter.admit_request(grant, credential.ip or "")
+        self.keyring.used(grant, credential.ip)
+        return decision
 
     async def check_again(self, credential: Credential) -> Grant:
         """As `admit`, for a connection that is open: what its key allows may have changed. Raises as `admit`."""
@@ -102,6 +118,10 @@ def check(grant: Grant, ip: str | None) -> None:
         raise Forbidden("This tenant has switched its voice off (default_voice_provider).", code="voice_disabled")
 
 
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
 def address(scope: Scope) -> str | None:
     """Where the client is, as far as trusted proxies tell."""
     return scope["client"][0] if scope.get("client") else None
@@ -109,8 +129,15 @@ def address(scope: Scope) -> str | None:
 
 async def reject(send: Send, error: AvbError, realtime: bool) -> None:
     """Answer the upgrade with an HTTP error in the door's own format."""
+    status, headers, body = refusal(error, realtime)
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+def refusal(error: AvbError, openai: bool) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, headers and body that tell of an error, in OpenAI's format or in ours."""
     body: dict[str, Any] = {"error": error.code, "message": error.message}
-    if realtime:
+    if openai:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         body = {"error": {"message": error.message, "type": kind, "code": error.code, "param": error.param}}
     headers = [(b"content-type", b"application/json")]
@@ -122,10 +149,9 @@ async def reject(send: Send, error: AvbError, realtime: bool) -> None:
         if isinstance(error, Exceeded):
             told = limits.headers(error.decision)
             headers += [(name.lower().encode(), text.encode()) for name, text in told if name != "Retry-After"]
-        if not realtime:
+        if not openai:
             body["retry_after"] = wait
-    await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": msgspec.json.encode(body)})
+    return error.status, headers, msgspec.json.encode(body)
 
 
 def _check_tenant(headers: dict[str, str], grant: Grant) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from agentvoicebox.bus_bridge.calls import Call, Wish
 from agentvoicebox.bus_bridge.models import SessionSettings, Story, TurnStatus
 
 # --- events: what the client does ------------------------------------------------------------------------------------
@@ -54,6 +55,16 @@ class TextAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultAdded:
+    """The client says what a function returned that it was to call."""
+
+    call_id: str
+    output: str
+    item_id: str | None = None
+    event_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ResponseWanted:
     """The client asks for an answer to what was said or written last."""
 
@@ -63,6 +74,8 @@ class ResponseWanted:
     text: str | None = None
     """What is to be answered, when the client writes and asks in one go."""
     event_id: str | None = None
+    wish: Wish | None = None
+    """What more it wants; then the language model answers, without core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,14 @@ class TranscriptionFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Guessed:
+    """What the recogniser makes of an utterance so far; None when it had no time for that."""
+
+    item_id: str
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class SkillStarted:
     """Core has matched the utterance and a handler runs."""
 
@@ -115,6 +136,14 @@ class Spoke:
     turn_id: str
     text: str
     expects_response: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """The language model wants a function of the client's called."""
+
+    turn_id: str
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +171,14 @@ class AskFailed:
 
 @dataclass(frozen=True, slots=True)
 class Synthesized:
-    """The audio of one stretch of the reply: 16-bit mono at `rate` Hz."""
+    """Audio of one stretch of the reply: 16-bit mono at `rate` Hz."""
 
     turn_id: str
     index: int
     pcm: bytes
     rate: int
+    more: bool = False
+    """Whether the stretch goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +218,16 @@ Event = (
     | AudioCommitted
     | AudioCleared
     | TextAdded
+    | ResultAdded
     | ResponseWanted
     | ResponseCancelled
     | SettingsWanted
     | Transcribed
     | TranscriptionFailed
+    | Guessed
     | SkillStarted
     | Spoke
+    | Called
     | Progressed
     | Handled
     | AskFailed
@@ -225,12 +259,38 @@ class CancelTranscription:
 
 
 @dataclass(frozen=True, slots=True)
+class Guess:
+    """Recognise this beginning of an utterance, if there is time for it, and answer with `Guessed`."""
+
+    item_id: str
+    pcm: bytes
+    language: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """Put the utterance to core."""
 
     turn_id: str
     text: str
     language: str
+
+
+@dataclass(frozen=True, slots=True)
+class Converse:
+    """Put it to the language model, without core; an empty text goes on with what the calls have returned."""
+
+    turn_id: str
+    text: str
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Keep what a call has returned for the model's next turn."""
+
+    call_id: str
+    output: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +331,19 @@ class Record:
     content: Mapping[str, object]
 
 
-Effect = Transcribe | CancelTranscription | Ask | Synthesize | CancelTurn | PlaybackEnded | Meter | Record
+Effect = (
+    Transcribe
+    | CancelTranscription
+    | Guess
+    | Ask
+    | Converse
+    | Return
+    | Synthesize
+    | CancelTurn
+    | PlaybackEnded
+    | Meter
+    | Record
+)
 
 # --- told: news for the client ----------------------------------------------------------------------------------------
 
@@ -313,8 +385,26 @@ class TextCommitted:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultCommitted:
+    """What a call returned became an item of the conversation."""
+
+    item_id: str
+    previous_item_id: str | None
+    call_id: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
 class InputCleared:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class Understanding:
+    """What more has been understood of an utterance that is still being spoken."""
+
+    item_id: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,12 +432,23 @@ class ReplyStarted:
     previous_item_id: str | None
     speaks: bool
     metadata: Mapping[str, str] | None
+    apart: bool = False
+    """Whether it stays out of the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyText:
     turn_id: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyCalls:
+    """The reply asks for a function of the client's to be called."""
+
+    turn_id: str
+    item_id: str
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +475,11 @@ class ReplyEnded:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     listens: bool = False
     """The skill asked something back and waits for the next utterance."""
+    asked: str = ""
+    """What the user had said or written; empty when nobody asked."""
+    wish: Wish | None = None
+    """Set when the language model has answered without core."""
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,11 +498,14 @@ Told = (
     | SpeechStopped
     | UtteranceCommitted
     | TextCommitted
+    | ResultCommitted
     | InputCleared
+    | Understanding
     | Understood
     | NotUnderstood
     | ReplyStarted
     | ReplyText
+    | ReplyCalls
     | ReplyAudio
     | ReplyEnded
     | Problem

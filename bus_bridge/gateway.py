@@ -10,6 +10,7 @@ import re
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,27 +21,32 @@ from urllib.parse import parse_qs
 import msgspec
 
 from agentvoicebox.bus_bridge import door
+from agentvoicebox.bus_bridge.answers import Answers
 from agentvoicebox.bus_bridge.books import Books
 from agentvoicebox.bus_bridge.bus import Bus, Line
+from agentvoicebox.bus_bridge.calls import Calls
 from agentvoicebox.bus_bridge.connection import Codec, Connection, Receive
+from agentvoicebox.bus_bridge.converse import Conversation
 from agentvoicebox.bus_bridge.door import Credential, Door, Scope
 from agentvoicebox.bus_bridge.engines import Engines
+from agentvoicebox.bus_bridge.events import SettingsWanted
 from agentvoicebox.bus_bridge.live import LONGEST_SESSION, Live, Visit
-from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection
+from agentvoicebox.bus_bridge.models import SessionSettings
 from agentvoicebox.bus_bridge.native import NativeCodec, SessionConfig
 from agentvoicebox.bus_bridge.outbox import Outbox, Send
 from agentvoicebox.bus_bridge.realtime.codec import RateState, RealtimeCodec
 from agentvoicebox.bus_bridge.session import Session
+from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
 from agentvoicebox.bus_bridge.wire import Clock
 from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Unavailable
 from agentvoicebox.config.settings import Settings
-from agentvoicebox.tenancy import sessions, voices
+from agentvoicebox.tenancy import personas, sessions, voices
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Grant
 from agentvoicebox.tenancy.limits import KEYS, SESSIONS
+from agentvoicebox.tenancy.models import Persona, SessionStatus
 from agentvoicebox.tenancy.models import Session as Row
-from agentvoicebox.tenancy.models import SessionStatus
 from agentvoicebox.tenancy.state import SharedState
 
 log = logging.getLogger(__name__)
@@ -66,9 +72,21 @@ class Cells:
 
     buses: dict[str, Bus]
 
+    def turn(self, turn_id: str) -> Line | None:
+        """The line of a turn that is being answered, whichever cell does that."""
+        return next((line for bus in self.buses.values() if (line := bus.turn(turn_id)) is not None), None)
+
     def of(self, tenant_id: str) -> Bus:
         """Rendezvous hashing: only the tenants of a cell that comes or goes move."""
         return self.buses[max(self.buses, key=lambda name: hash_of(name, tenant_id))]
+
+
+def manner(persona: Persona, languages: Sequence[str]) -> dict[str, Any]:
+    """How a persona speaks, as settings of a session; what it leaves open is the tenant's."""
+    spoken = {"voice": persona.voice, "speed": persona.speed}
+    if persona.language in languages:
+        spoken["language"] = persona.language
+    return {name: value for name, value in spoken.items() if value}
 
 
 def hash_of(name: str, tenant_id: str) -> int:
@@ -88,6 +106,7 @@ class Call:
     session_id: uuid.UUID
     new_id: Callable[[str], str]
     voice: voices.VoiceConfig
+    persona: Persona | None
     sequence: int = 0
     """Number of the session's next line of history."""
 
@@ -102,8 +121,11 @@ class Gateway:
     state: SharedState
     cells: Cells
     engines: Engines
+    answers: Answers
     books: Books
     live: Live = field(init=False)
+    uses: Counter[tuple[uuid.UUID, uuid.UUID]] = field(default_factory=Counter)
+    """Sessions that personas have begun, by tenant and persona, for whoever writes that down."""
     _connected: set[uuid.UUID] = field(default_factory=set)
     """Sessions with a connection."""
     _ending: set[uuid.UUID] = field(default_factory=set)
@@ -171,8 +193,9 @@ class Gateway:
         if query.get("intent", ["conversation"]) != ["conversation"] or "call_id" in query:
             raise BadInput("Only conversation sessions are served here.", code="invalid_value", param="intent")
         voice = await voices.get(self.database, grant.tenant_id)
-        settings = self._settings(voice, grant)
         model = query.get("model", ["gpt-realtime"])[0][:100]
+        persona = await self._persona(grant, model.removeprefix("persona:") if model.startswith("persona:") else None)
+        settings = self._settings(voice, grant, persona)
         session_id = uuid.uuid4()
         async with self._entered(grant, session_id):
             await sessions.create(
@@ -188,7 +211,7 @@ class Gateway:
             new_id = identifiers(session_id)
             expires_at = int(time.time()) + LONGEST_SESSION
             codec = RealtimeCodec(session_id.hex, model, expires_at, new_id, partial(self._rates, grant))
-            call = Call(scope, receive, send, credential, grant, session_id, new_id, voice)
+            call = Call(scope, receive, send, credential, grant, session_id, new_id, voice, persona)
             await self._serve(call, settings, codec)
 
     async def _serve_native(
@@ -204,8 +227,10 @@ class Gateway:
             return
         async with self._entered(grant, row.id):
             voice = await voices.get(self.database, grant.tenant_id)
-            settings = self._settings(voice, grant)
-            chosen: dict[str, Any] = msgspec.convert(row.config, SessionConfig).changes(settings)
+            config = msgspec.convert(row.config, SessionConfig)
+            persona = await self._persona(grant, None if config.persona_id is msgspec.UNSET else config.persona_id)
+            settings = self._settings(voice, grant, persona)
+            chosen: dict[str, Any] = config.changes(settings)
             if chosen.get("language") not in self.settings.languages:
                 chosen.pop("language", None)
             codec = NativeCodec(str(row.id), row.created_at, CLOCK)
@@ -216,7 +241,8 @@ class Gateway:
                 else await sessions.history(self.database, grant.tenant_id, row.id)
             )
             sequence = past[-1].sequence + 1 if past else 0
-            call = Call(scope, receive, send, credential, grant, row.id, identifiers(row.id), voice, sequence)
+            new_id = identifiers(row.id)
+            call = Call(scope, receive, send, credential, grant, row.id, new_id, voice, persona, sequence)
             await self._serve(call, dataclasses.replace(settings, **chosen), codec)
 
     async def _is_served(self, row: Row) -> bool:
@@ -236,20 +262,15 @@ class Gateway:
             return None, gone
         return row, (1000, "")
 
-    def _settings(self, voice: voices.VoiceConfig, grant: Grant) -> SessionSettings:
-        """Where a session of this tenant begins. A language that no cell speaks becomes the first one that they do."""
-        languages = self.settings.languages
-        language = voice.language if voice.language in languages else languages[0]
-        name = voice.voice
-        if name == "auto" and language.startswith("en"):  # the names of default voices are those of English ones
-            name = grant.default_tts_voice
-        return SessionSettings(
-            language=language,
-            voice=name,
-            speed=voice.speed,
-            stt=voice.stt,
-            tts=voice.tts,
-            turn_detection=TurnDetection(silence=self.settings.vad_hangover),
+    async def _persona(self, grant: Grant, wanted: str | None) -> Persona | None:
+        """Who answers in a session: whom it names, else the default of its project, else of its tenant."""
+        return await personas.resolve(self.database, grant.tenant_id, grant.project_id, wanted)
+
+    def _settings(self, voice: voices.VoiceConfig, grant: Grant, persona: Persona | None) -> SessionSettings:
+        """Where a session of this tenant begins, in the voice of whom it talks to."""
+        settings = self.engines.begin(voice, grant.default_stt_model, grant.default_tts_voice)
+        return (
+            settings if persona is None else dataclasses.replace(settings, **manner(persona, self.settings.languages))
         )
 
     def _rates(self, grant: Grant) -> Sequence[RateState]:
@@ -302,6 +323,14 @@ class Gateway:
             context={"tenant_name": grant.tenant_name, "persona_name": call.voice.persona_name},
             disabled_skills=call.voice.disabled_skills,
         )
+        if call.persona is not None:
+            self.uses[grant.tenant_id, call.persona.id] += 1
+        talk = line.talk = Talk(
+            project_id=grant.project_id,
+            persona=call.persona.id if call.persona is not None else None,
+            instructions=settings.instructions,
+            language=settings.language,
+        )
         extensions = call.scope["extensions"]
         connection = Connection(
             Session(settings, call.new_id),
@@ -310,12 +339,15 @@ class Gateway:
             bus=self.cells.of(tenant_id),
             engines=self.engines,
             books=self.books.of(grant, call.session_id, call.sequence),
+            tenant=grant.tenant_id,
+            conversation=Conversation(self.answers, grant.tenant_id, call.session_id, talk, Calls()),
             vad=self.settings.vad,
             languages=self.settings.languages,
             receive=call.receive,
             outbox=Outbox(call.send, extensions.get(FRAMES), extensions.get(ABORT), self._spawn),
             spawn=self._spawn,
         )
+        talk.on_switch = partial(self._switched, connection, self._settings(call.voice, grant, None))
         visit = Visit(call.session_id, connection, call.credential, grant)
         with self.live.visiting(visit):
             # The key may have been revoked while the session was prepared, when nobody could be told.
@@ -323,6 +355,11 @@ class Gateway:
             if self._closing:
                 connection.close(RESTARTING, "restarting")
             return await connection.run(), visit.reason
+
+    def _switched(self, connection: Connection, own: SessionSettings, persona: Persona | None) -> None:
+        """The user talks to somebody else now, in whose voice the answers come; `own` is how the tenant's begin."""
+        spoken = manner(persona, self.settings.languages) if persona is not None else {}
+        connection.hear(SettingsWanted({"voice": own.voice, "speed": own.speed, "language": own.language} | spoken))
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

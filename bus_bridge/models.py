@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 LISTENING_RATE = 16_000
 """Hz at which the node listens: voice activity detection and recognition both work on 16-bit mono at this rate."""
 
 BYTES_PER_SECOND = 2 * LISTENING_RATE
+
+MAX_INSTRUCTIONS = 16_000
+"""Characters that a client may tell the language model to heed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,28 @@ class SessionSettings:
     voice: str = "auto"
     """Name of a voice of the speech engine; `auto` or an unknown one means the engine's own choice."""
     speed: float = 1.0
-    stt: str = "auto"
-    """ovos-plugin-manager name of the tenant's recogniser; `auto` is the node's choice. Clients do not choose it."""
-    tts: str = "auto"
+    stt: tuple[str, ...] = ("auto",)
+    """Recognisers, asked in this order: ovos-plugin-manager names, `deepgram`, `openai`, or `auto`, the node's choice.
+
+    Of the engines and what they are told, a client chooses nothing: that is the tenant's.
+    """
+    stt_model: str = "base"
+    """The Whisper model, where Whisper listens."""
+    stt_language: str = ""
+    """What is spoken, when that is not `language`; `auto` to detect it."""
+    stt_vad: bool = True
+    """Whether silence within an utterance is cut out before it is recognised."""
+    tts: tuple[str, ...] = ("auto",)
+    partials: bool = False
+    """Whether the client is told what has been understood while the user still speaks."""
+    instructions: str = ""
+    """What the client wants the language model to heed, beside what its persona is."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions of the client's that the model may have called, as OpenAI's chat format has them.
+
+    With any, the model answers without core: skills know nothing of them.
+    """
+    tool_choice: Any = "auto"
     speaks: bool = True
     """Whether replies are spoken; otherwise they are text only."""
     turn_detection: TurnDetection | None = field(default_factory=TurnDetection)

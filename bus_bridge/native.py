@@ -25,7 +25,7 @@ import msgspec
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge import wire
-from agentvoicebox.bus_bridge.models import AudioFormat, SessionSettings, TurnDetection
+from agentvoicebox.bus_bridge.models import MAX_INSTRUCTIONS, AudioFormat, SessionSettings, TurnDetection
 
 MAX_AUDIO = 1024 * 1024
 """Bytes of audio in one event."""
@@ -73,6 +73,10 @@ class SessionConfig(msgspec.Struct, forbid_unknown_fields=True):
     )
     model: Annotated[str, msgspec.Meta(max_length=100)] | msgspec.UnsetType = msgspec.UNSET
     """Accepted for clients that name one; the tenant's configuration decides."""
+    persona_id: Annotated[str, msgspec.Meta(max_length=100)] | msgspec.UnsetType = msgspec.UNSET
+    """Who is to answer: an id or a name, when the session is created; later it is changed by asking for it."""
+    instructions: Annotated[str, msgspec.Meta(max_length=MAX_INSTRUCTIONS)] | msgspec.UnsetType = msgspec.UNSET
+    partials: bool | msgspec.UnsetType = msgspec.UNSET
     modality: Literal["audio", "text"] | msgspec.UnsetType = msgspec.UNSET
     input_rate: Rate | msgspec.UnsetType = msgspec.UNSET
     output_rate: Rate | msgspec.UnsetType = msgspec.UNSET
@@ -81,7 +85,7 @@ class SessionConfig(msgspec.Struct, forbid_unknown_fields=True):
     def changes(self, settings: SessionSettings) -> dict[str, object]:
         """The fields of `SessionSettings` this configuration changes."""
         found: dict[str, object] = {}
-        for name in ("voice", "speed", "language"):
+        for name in ("voice", "speed", "language", "instructions", "partials"):
             if (value := getattr(self, name)) is not msgspec.UNSET:
                 found[name] = value
         if self.modality is not msgspec.UNSET:
@@ -222,6 +226,8 @@ class NativeCodec:
                 return [self._frame("response.started", {"response_id": told.turn_id})]
             case ev.ReplyEnded():
                 return [self._frame("response.done", _outcome(told))]
+            case ev.Understanding():
+                return [self._frame("transcription.delta", {"item_id": told.item_id, "text": told.text})]
             case ev.Understood():
                 data = {"item_id": told.item_id, "text": told.text, "audio_seconds": round(told.seconds, 3)}
                 return [self._frame("transcription.final", data)]
@@ -272,6 +278,8 @@ def _config(settings: SessionSettings) -> dict[str, Any]:
         "voice": settings.voice,
         "speed": settings.speed,
         "language": settings.language,
+        "instructions": settings.instructions,
+        "partials": settings.partials,
         "modality": "audio" if settings.speaks else "text",
         "input_rate": settings.input_format.rate,
         "output_rate": settings.output_format.rate,

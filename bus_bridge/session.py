@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.calls import Wish
 from agentvoicebox.bus_bridge.models import (
     BYTES_PER_SECOND,
     SessionSettings,
@@ -15,10 +16,14 @@ from agentvoicebox.bus_bridge.models import (
     TurnStatus,
     timings_ms,
 )
+from agentvoicebox.bus_bridge.partials import Partials
 from agentvoicebox.bus_bridge.turns import Change, Listener, Stage, Turn, Utterance, sentences
 
 CORE_SILENCE = 10.0
 """Seconds without any message of a turn after which it ends."""
+
+MODEL_SILENCE = 60.0
+"""Seconds a language model may take to begin, its retries and those who stand in for it included."""
 
 ENGINE_SILENCE = 30.0
 """Seconds an engine may take for one piece of work."""
@@ -59,6 +64,7 @@ class Session:
         "_out",
         "_playing_turn",
         "_playing_until",
+        "_returned",
         "_speaking",
         "_turn",
         "_unanswered",
@@ -82,6 +88,8 @@ class Session:
         self._last_item: str | None = None
         self._playing_until: float | None = None
         self._playing_turn = ""
+        self._returned = False
+        """Whether calls have returned something that the model has not been told."""
         self._ended = False
         self._out: list[Out] = []
 
@@ -134,10 +142,14 @@ class Session:
             self._stop_recognising(utterance)
         elif change is Change.ENDED:
             self._end_utterance(listener, utterance, now)
+        elif self._is_worth_a_guess(utterance, len(listener.audio)):
+            self._out.append(ev.Guess(utterance.item_id, bytes(listener.audio), self.settings.language))
 
     def _begin_utterance(self, listener: Listener, now: float) -> None:
         utterance = self._speaking = Utterance(self._new_id("item"))
         utterance.story[Stamp.SPEECH_STARTED] = now
+        if self.settings.partials:
+            utterance.partials = Partials()
         self._out.append(ev.SpeechStarted(utterance.item_id, listener.began_at))
         detection = self.settings.turn_detection
         if detection is not None and detection.interrupt_response:
@@ -145,6 +157,10 @@ class Session:
             if self._turn is not None and self._turn.stage is not Stage.SETTLING:
                 self._cancel(self._turn, "turn_detected", now)
             self._stop_playback()
+
+    def _is_worth_a_guess(self, utterance: Utterance, size: int) -> bool:
+        partials = utterance.partials
+        return partials is not None and not utterance.recognising and partials.due(size / BYTES_PER_SECOND)
 
     def _end_utterance(self, listener: Listener, utterance: Utterance, now: float) -> None:
         self._out.append(ev.SpeechStopped(utterance.item_id, listener.position))
@@ -197,11 +213,27 @@ class Session:
             return
         if event.text is not None:
             self._text_added(ev.TextAdded(event.text, event_id=event.event_id), now)
-        utterance, self._unanswered = self._unanswered, None
-        if utterance is None:
+        wish = event.wish
+        if wish is not None and wish.input is not None:
+            utterance = None  # what was said last still waits for its answer
+        else:
+            utterance, self._unanswered = self._unanswered, None
+        if utterance is None and wish is None and self._returned:
+            wish = Wish()
+        if utterance is None and wish is None:
             self._refuse("nothing_to_answer", "Say or write something first.", event.event_id)
             return
-        self._enqueue(self._new_turn(utterance, event.speaks, event.metadata), now)
+        turn = self._new_turn(utterance, event.speaks, event.metadata)
+        turn.wish = wish
+        self._enqueue(turn, now)
+
+    def _result_added(self, event: ev.ResultAdded, now: float) -> None:
+        item_id = event.item_id or self._new_id("item")
+        self._out.append(ev.ResultCommitted(item_id, self._last_item, event.call_id, event.output))
+        self._out.append(ev.Return(event.call_id, event.output))
+        self._out.append(ev.Record("tool_result", {"call_id": event.call_id, "output": event.output}))
+        self._last_item = item_id
+        self._returned = True
 
     def _response_cancelled(self, event: ev.ResponseCancelled, now: float) -> None:
         turn = self._turn
@@ -255,6 +287,15 @@ class Session:
         utterance.text = event.text.strip()
         if utterance.committed:
             self._understood(utterance, now)
+
+    def _guessed(self, event: ev.Guessed, now: float) -> None:
+        utterance = self._speaking
+        if utterance is None or utterance.item_id != event.item_id or utterance.partials is None:
+            return  # the final transcript says it all
+        if event.text is None:
+            utterance.partials.miss()
+        elif fresh := utterance.partials.hear(event.text):
+            self._out.append(ev.Understanding(utterance.item_id, fresh))
 
     def _understood(self, utterance: Utterance, now: float) -> None:
         utterance.story.setdefault(Stamp.TRANSCRIBED, now)
@@ -328,9 +369,14 @@ class Session:
 
     def _start(self, turn: Turn, now: float) -> None:
         self._turn = turn
-        self._out.append(ev.ReplyStarted(turn.id, turn.item_id, self._last_item, turn.speaks, turn.metadata))
-        self._last_item = turn.item_id
+        apart = turn.wish is not None and turn.wish.apart
+        self._out.append(ev.ReplyStarted(turn.id, turn.item_id, self._last_item, turn.speaks, turn.metadata, apart))
+        if not apart:
+            self._last_item = turn.item_id
         utterance = turn.utterance
+        if utterance is None and turn.wish is not None:
+            self._converse(turn, "", turn.wish, now)
+            return
         if utterance is None:
             said, turn.said = turn.said, []
             turn.stage = Stage.ANSWERING
@@ -352,10 +398,29 @@ class Session:
             turn.handled = True
             self._settle_if_complete(turn, now)
             return
+        if turn.wish is not None or self.settings.tools:
+            self._converse(turn, turn.utterance.text, turn.wish or Wish(), now)
+            return
         turn.stage = Stage.ASKING
         turn.stamp(Stamp.ASKED, now)
         turn.deadline = now + CORE_SILENCE
         self._out.append(ev.Ask(turn.id, turn.utterance.text, self.settings.language))
+
+    def _converse(self, turn: Turn, text: str, wish: Wish, now: float) -> None:
+        turn.wish = wish
+        turn.stage = Stage.ASKING
+        turn.stamp(Stamp.ASKED, now)
+        turn.deadline = now + MODEL_SILENCE
+        self._returned = False
+        self._out.append(ev.Converse(turn.id, text, wish))
+
+    def _called(self, event: ev.Called, now: float) -> None:
+        if turn := self._current(event.turn_id):
+            turn.calls.append(event.call)
+            call = {"call_id": event.call.id, "name": event.call.name, "arguments": event.call.arguments}
+            self._last_item = item_id = self._new_id("item")
+            self._out.append(ev.ReplyCalls(turn.id, item_id, event.call))
+            self._out.append(ev.Record("tool_call", call))
 
     def _skill_started(self, event: ev.SkillStarted, now: float) -> None:
         if turn := self._current(event.turn_id):
@@ -378,7 +443,7 @@ class Session:
             return
         turn.stage = Stage.ANSWERING
         turn.stamp(Stamp.SPOKE, now)
-        turn.deadline = now + CORE_SILENCE
+        turn.deadline = now + _patience(turn)
         if event.expects_response:
             turn.listens = turn.handled = True
             turn.asker = event.turn_id
@@ -409,8 +474,6 @@ class Session:
         turn = self._current(event.turn_id)
         if turn is None or not turn.synthesizing or event.index != turn.synthesized:
             return
-        turn.synthesizing = False
-        turn.synthesized += 1
         if event.pcm:
             seconds = len(event.pcm) / 2 / event.rate
             turn.stamp(Stamp.FIRST_AUDIO, now)
@@ -418,8 +481,13 @@ class Session:
             self._playing_until = max(self._playing_until or now, now) + seconds
             self._playing_turn = turn.id
             self._out.append(ev.ReplyAudio(turn.id, event.pcm, event.rate))
+        if event.more:
+            turn.deadline = now + ENGINE_SILENCE
+            return
+        turn.synthesizing = False
+        turn.synthesized += 1
         # A handler may wait until all this has been played before it goes on.
-        turn.deadline = max(self._playing_until or now, now) + CORE_SILENCE
+        turn.deadline = max(self._playing_until or now, now) + _patience(turn)
         self._synthesize_next(turn, now)
         self._settle_if_complete(turn, now)
 
@@ -515,9 +583,12 @@ class Session:
             message=message,
             text=turn.text,
             audio_seconds=turn.audio_seconds,
+            asked=(turn.utterance.text or "") if turn.utterance is not None else "",
             story=turn.story,
             timings_ms=timings,
             listens=turn.listens,
+            wish=turn.wish,
+            calls=tuple(turn.calls),
         )
         content = {
             "turn_id": turn.id,
@@ -549,7 +620,7 @@ class Session:
             turn.handled = True
             self._settle_if_complete(turn, now)
         else:
-            self._fail(turn, "no_answer", f"The assistant did not answer within {CORE_SILENCE:.0f} s.", now)
+            self._fail(turn, "no_answer", f"The assistant did not answer within {_patience(turn):.0f} s.", now)
 
     def _end_session(self, event: ev.Ended, now: float) -> None:
         self._forget_input()
@@ -613,19 +684,27 @@ class Session:
         self._listener = None
 
 
+def _patience(turn: Turn) -> float:
+    """Seconds for which nothing may come of a turn that is being answered."""
+    return CORE_SILENCE if turn.wish is None else MODEL_SILENCE
+
+
 _HANDLERS: dict[type, Callable[[Session, Any, float], None]] = {
     ev.Heard: Session._heard,
     ev.AudioCommitted: Session._audio_committed,
     ev.AudioCleared: Session._audio_cleared,
     ev.TextAdded: Session._text_added,
+    ev.ResultAdded: Session._result_added,
     ev.ResponseWanted: Session._response_wanted,
     ev.ResponseCancelled: Session._response_cancelled,
     ev.SettingsWanted: Session._settings_wanted,
     ev.Transcribed: Session._transcribed,
     ev.TranscriptionFailed: Session._transcription_failed,
+    ev.Guessed: Session._guessed,
     ev.SkillStarted: Session._skill_started,
     ev.Progressed: Session._progressed,
     ev.Spoke: Session._spoke,
+    ev.Called: Session._called,
     ev.Handled: Session._handled,
     ev.AskFailed: Session._ask_failed,
     ev.Synthesized: Session._synthesized,

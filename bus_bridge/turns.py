@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from agentvoicebox.bus_bridge.calls import Call, Wish
 from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, Stamp, Story, TurnDetection, TurnStatus
+from agentvoicebox.bus_bridge.partials import Partials
 
 ONSET = 0.06
 """Seconds of speech before a turn begins, so that a click does not."""
@@ -148,6 +150,8 @@ class Utterance:
     metered: bool = False
     told: bool = False
     """Whether the client has been told what was understood."""
+    partials: Partials | None = None
+    """Where its client wants to be told of it while it is being spoken."""
     story: Story = field(default_factory=dict)
 
 
@@ -182,6 +186,9 @@ class Turn:
     synthesizing: bool = False
     handled: bool = False
     listens: bool = False
+    wish: Wish | None = None
+    """Set when the language model answers without core."""
+    calls: list[Call] = field(default_factory=list)
     asker: str = ""
     """The turn whose handler asked something back: it goes on under that turn's id, however many questions follow."""
     audio_seconds: float = 0.0

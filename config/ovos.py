@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ PIPELINE = (
     "agentvoicebox-intents-medium",
     "ovos-adapt-pipeline-plugin-medium",
     "ovos-fallback-pipeline-plugin-medium",
+    # Skills come first; where there is no node to ask, it lets all pass to the fallbacks that answer anything.
+    "agentvoicebox-persona",
     "ovos-fallback-pipeline-plugin-low",
 )
 """The stages an utterance passes, in order; only their plugins are loaded into a cell."""
@@ -34,10 +37,20 @@ CANARY_UTTERANCE = "avb canary"
 CANARY_SESSION = "avb-canary"
 """Sessions whose id begins with this are the supervisor's own, never a tenant's."""
 
+
 _STAGES = ("-high", "-medium", "-low")
 _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 _NOWHERE = "http://127.0.0.1:9"
 _LOG_BYTES = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The door of the node that the persona of a cell asks, and the one credential of that cell, which opens it."""
+
+    url: str
+    """As OpenAI's clients want it: with `/v1`."""
+    key: str = field(repr=False)
 
 
 def plugins() -> tuple[str, ...]:
@@ -80,17 +93,32 @@ def environment(directory: Path, parent: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def write(directory: Path, *, languages: Sequence[str], port: int, route: str) -> Path:
-    """Make the cell's directories and its `mycroft.conf`, readable by its owner only. Returns the file."""
+def write(directory: Path, *, languages: Sequence[str], port: int, route: str, node: Node | None = None) -> Path:
+    """Make the cell's directories, its `mycroft.conf` and the key of its persona, readable by their owner only.
+
+    Without a node the cell has no persona. Returns the configuration file.
+    """
     for name in ("", "home", "tmp", "config", "config/mycroft", "data", "cache", "state", "logs"):
         (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / name).chmod(0o700)
+    configuration = _configuration(directory, languages, port, route)
+    key = directory / "config" / "node.key"
+    if node is None:
+        key.unlink(missing_ok=True)
+    else:
+        _keep(key, node.key)
+        configuration["agentvoicebox"] = {"url": node.url, "key_file": str(key)}
     file = directory / "config" / "mycroft" / "mycroft.conf"
+    _keep(file, json.dumps(configuration, indent=2))
+    return file
+
+
+def _keep(file: Path, text: str) -> None:
+    """Write a file that only its owner reads, whole or not at all."""
     fresh = file.with_suffix(".new")
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as out:
-        json.dump(_configuration(directory, languages, port, route), out, indent=2)
+        out.write(text)
     fresh.replace(file)
-    return file
 
 
 def _configuration(directory: Path, languages: Sequence[str], port: int, route: str) -> dict[str, Any]:

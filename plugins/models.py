@@ -7,7 +7,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -76,6 +75,33 @@ class Choice:
     stt: EngineSpec
     tts: EngineSpec
     notice: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TradeOff:
+    """What a Whisper model costs and gives. Errors and speed are published figures, to compare models by."""
+
+    model: str
+    word_errors: float
+    """Percent of the words of read English that are misunderstood."""
+    speed: float
+    """Times as fast as the large ones."""
+    size: int
+    """Bytes to fetch and to keep on disk."""
+    memory: int
+    """Bytes it holds on a CPU, estimated."""
+
+
+_PUBLISHED = {
+    "tiny": (7.6, 10.0),
+    "base": (5.0, 7.0),
+    "small": (3.4, 4.0),
+    "medium": (2.9, 2.0),
+    "large-v2": (2.7, 1.0),
+    "large-v3": (2.0, 1.0),
+}
+"""LibriSpeech test-clean from Whisper's paper (arXiv 2212.04356, appendix D.1), large-v3 from the Open ASR Leaderboard;
+speeds from the model card."""
 
 
 def available(models_dir: Path) -> list[Model]:
@@ -156,20 +182,27 @@ def choose(engine: str, models_dir: Path, whisper: str = "base") -> Choice:
     offline = [ear, voice] if engine == "offline" else missing
     stt, tts = _offline_stt(), _offline_tts()
     if ear not in offline:
-        stt = _spec(
-            "stt",
-            "ovos-stt-plugin-fasterwhisper",
-            model=str(models_dir / ear),
-            compute_type="int8",
-            beam_size=1,
-            cpu_threads=max(1, (os.cpu_count() or 2) // 2),
-            vad_filter=True,
-        )
+        stt = whisper_spec(models_dir, whisper, vad=True)
     if voice not in offline:
         tts = _spec("tts", "agentvoicebox-tts-kokoro", model=str(models_dir / voice))
     engines = [{ear: "pocketsphinx", voice: "flite"}[name] for name in offline]
     notice = NOTICE.format(engines=", ".join(engines), models=" ".join(offline)) if offline else None
     return Choice(stt, tts, notice)
+
+
+def whisper_spec(models_dir: Path, model: str, *, vad: bool) -> EngineSpec:
+    """The engine that hears with a Whisper model, tiny to large-v3; with `vad`, silence is cut out first."""
+    return _spec("stt", "agentvoicebox-stt-whisper", model=str(models_dir / defaults(model)[0]), vad=vad)
+
+
+def trade_offs() -> list[TradeOff]:
+    """What each Whisper model costs and gives, from the fastest to the most accurate."""
+    sizes = {name: _catalogue()[defaults(name)[0]].size for name in _PUBLISHED}
+    return [
+        # Weights have 16 bits on disk and 8 in memory; what is computed with them takes about a hundred megabytes more.
+        TradeOff(name, errors, speed, sizes[name], sizes[name] // 2 + 100_000_000)
+        for name, (errors, speed) in _PUBLISHED.items()
+    ]
 
 
 def _offline_stt() -> EngineSpec:

@@ -241,6 +241,8 @@ async def finish(
     error_code: str = "",
     error_message: str = "",
     audio_seconds: float = 0.0,
+    input_tokens: int = 0,
+    output_tokens: int = 0,
 ) -> Session:
     """End the session for good: `completed` by the client, `terminated` by us, or `error`.
 
@@ -251,6 +253,8 @@ async def finish(
     values = _ending(status, reason)
     values |= {"error_code": error_code[:50], "error_message": error_message[:2000]}
     values["audio_duration_seconds"] = Session.audio_duration_seconds + audio_seconds
+    values["input_tokens"] = Session.input_tokens + input_tokens
+    values["output_tokens"] = Session.output_tokens + output_tokens
     return await _change(database, tenant_id, session_id, **values)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
@@ -17,12 +19,12 @@ from agentvoicebox.tenancy.checks import number, public_url, shaped, words, yes_
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import Action
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-[A-Za-z0-9]{5,8})?")
-_SKILL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,99}")
-_MOST_SKILLS = 200
-_MOST_FALLBACKS = 5
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-[A-Za-z0-9]{5,8})?")
+SKILL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,99}")
+MOST_SKILLS = 200
+MOST_FALLBACKS = 5
 
 WHISPER_MODELS = ("tiny", "base", "small", "medium", "large-v2", "large-v3")
 """From the fastest to the most accurate."""
@@ -72,18 +74,15 @@ class VoiceConfig:
 
     def __post_init__(self) -> None:
         for param in ("voice", "stt", "tts"):
-            shaped(getattr(self, param), param, _NAME, "a name of letters, digits and . _ + -, at most 64 characters")
-        shaped(self.language, "language", _LANGUAGE, "a language tag such as en-US")
+            shaped(getattr(self, param), param, NAME, "a name of letters, digits and . _ + -, at most 64 characters")
+        shaped(self.language, "language", LANGUAGE, "a language tag such as en-US")
         words(self.wake_word, "wake_word", 2, 64)
         words(self.persona_name, "persona_name", 1, 100)
-        if isinstance(self.speed, bool) or not isinstance(self.speed, int | float) or not math.isfinite(self.speed):
-            raise BadInput("speed must be a number.", param="speed")
-        if not 0.5 <= self.speed <= 2.0:
-            raise BadInput("speed must be 0.5 to 2.0.", param="speed")
-        if not isinstance(self.disabled_skills, tuple) or len(self.disabled_skills) > _MOST_SKILLS:
-            raise BadInput(f"disabled_skills must be at most {_MOST_SKILLS} skill ids.", param="disabled_skills")
+        check_speed(self.speed)
+        if not isinstance(self.disabled_skills, tuple) or len(self.disabled_skills) > MOST_SKILLS:
+            raise BadInput(f"disabled_skills must be at most {MOST_SKILLS} skill ids.", param="disabled_skills")
         for skill in self.disabled_skills:
-            shaped(skill, "disabled_skills", _SKILL, "skill ids such as skill-account.agentvoicebox")
+            shaped(skill, "disabled_skills", SKILL, "skill ids such as skill-account.agentvoicebox")
         self._check_hearing()
         self._check_language_model()
 
@@ -91,21 +90,19 @@ class VoiceConfig:
         if self.stt_model not in ("auto", *WHISPER_MODELS):
             raise BadInput(f"stt_model must be auto, {', '.join(WHISPER_MODELS)}.", param="stt_model")
         if self.stt_language not in ("", "auto"):
-            shaped(self.stt_language, "stt_language", _LANGUAGE, "a language tag such as en-US, or auto")
+            shaped(self.stt_language, "stt_language", LANGUAGE, "a language tag such as en-US, or auto")
         yes_or_no(self.stt_vad, "stt_vad")
         for param in ("stt_fallbacks", "tts_fallbacks"):
             for name in _several(getattr(self, param), param):
-                shaped(name, param, _NAME, "names of engines")
+                shaped(name, param, NAME, "names of engines")
 
     def _check_language_model(self) -> None:
         if self.llm_provider not in ("auto", *PROVIDERS):
             raise BadInput(f"llm_provider must be auto, {', '.join(PROVIDERS)}.", param="llm_provider")
-        shaped(
-            self.llm_model, "llm_model", _MODEL, "a model of letters, digits and . _ : / + -, at most 100 characters"
-        )
+        shaped(self.llm_model, "llm_model", MODEL, "a model of letters, digits and . _ : / + -, at most 100 characters")
         for name in _several(self.llm_fallbacks, "llm_fallbacks"):
             provider, _, model = str(name).partition("/")
-            if provider not in PROVIDERS or not _MODEL.fullmatch(model):
+            if provider not in PROVIDERS or not MODEL.fullmatch(model):
                 raise BadInput("llm_fallbacks must be like groq/llama-3.1-8b-instant.", param="llm_fallbacks")
         if self.llm_url != "":
             public_url(self.llm_url, "llm_url")
@@ -130,19 +127,41 @@ async def put(database: Database, tenant_id: uuid.UUID, config: VoiceConfig) -> 
     async with database.tenant(tenant_id) as session:
         if await session.get(models.Tenant, tenant_id) is None:
             raise NotFound("There is no such tenant.", code="tenant_not_found")
-        before = await _read(session)
-        await store(session, tenant_id, config)
-        old, new = asdict(before) if before is not None else {}, asdict(config)
-        if changed := [name for name in new if old.get(name) != new[name]]:
-            await audit.append(
-                session,
-                Action.SETTINGS_CHANGE,
-                "voice_config",
-                tenant_id,
-                f"Changed {', '.join(changed)}",
-                old={name: old.get(name) for name in changed},
-                new={name: new[name] for name in changed},
-            )
+        await _write(session, tenant_id, await _read(session), config)
+
+
+async def patch(database: Database, tenant_id: uuid.UUID, changes: Mapping[str, Any]) -> VoiceConfig:
+    """Change these fields of `VoiceConfig` and leave the others; sessions made from now on use them.
+
+    Raises `BadInput` for an unknown field or a value without sense, `NotFound` for an unknown tenant.
+    """
+    for name in changes:
+        if name not in VoiceConfig.__dataclass_fields__:
+            raise BadInput(f"There is no choice {str(name)[:50]!r}.", param=str(name)[:50])
+    async with database.tenant(tenant_id) as session:
+        # Locked, so that of two changes at once neither is written over.
+        before = await _read(session, lock=True)
+        if before is None:
+            raise NotFound("There is no such tenant.", code="tenant_not_found")
+        after = replace(before, **changes)
+        await _write(session, tenant_id, before, after)
+    return after
+
+
+async def _write(session: AsyncSession, tenant_id: uuid.UUID, before: VoiceConfig | None, after: VoiceConfig) -> None:
+    """Write the choices, and the audit line about those that differ."""
+    await store(session, tenant_id, after)
+    old, new = asdict(before) if before is not None else {}, asdict(after)
+    if changed := [name for name in new if old.get(name) != new[name]]:
+        await audit.append(
+            session,
+            Action.SETTINGS_CHANGE,
+            "voice_config",
+            tenant_id,
+            f"Changed {', '.join(changed)}",
+            old={name: old.get(name) for name in changed},
+            new={name: new[name] for name in changed},
+        )
 
 
 async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig) -> None:
@@ -154,15 +173,27 @@ async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig
     )
 
 
-async def _read(session: AsyncSession) -> VoiceConfig | None:
-    row = (await session.execute(select(models.VoiceConfig))).scalar_one_or_none()
+def check_speed(speed: object) -> None:
+    """Raise `BadInput` unless a voice can speak at that many times its own speed."""
+    if isinstance(speed, bool) or not isinstance(speed, int | float) or not math.isfinite(speed):
+        raise BadInput("speed must be a number.", param="speed")
+    if not 0.5 <= speed <= 2.0:
+        raise BadInput("speed must be 0.5 to 2.0.", param="speed")
+
+
+async def _read(session: AsyncSession, *, lock: bool = False) -> VoiceConfig | None:
+    query = select(models.VoiceConfig)
+    row = (await session.execute(query.with_for_update() if lock else query)).scalar_one_or_none()
     if row is None:
         return None
-    stored = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
-    return VoiceConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    stored: dict[str, Any] = {field.name: getattr(row, field.name) for field in fields(VoiceConfig)}
+    chosen: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+    }
+    return VoiceConfig(**chosen)
 
 
 def _several(given: object, param: str) -> tuple[object, ...]:
-    if not isinstance(given, tuple) or len(given) > _MOST_FALLBACKS:
-        raise BadInput(f"{param} must be a list of at most {_MOST_FALLBACKS}.", param=param)
+    if not isinstance(given, tuple) or len(given) > MOST_FALLBACKS:
+        raise BadInput(f"{param} must be a list of at most {MOST_FALLBACKS}.", param=param)
     return given

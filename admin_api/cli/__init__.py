@@ -17,6 +17,7 @@ VERBS = {
     "audit": "check, anchor, export and archive the audit log",
     "secrets": "give tenants' secrets a new master key",
     "say": "say or write something to a running node and hear the answer",
+    "worker": "speech engines for nodes that share a Redis, on this or another machine",
     "models": "which speech models are here, and fetching them",
     "doctor": "what is installed, reachable and missing, with the remedy",
 }

@@ -19,7 +19,7 @@ from agentvoicebox.config.errors import NotFound
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.tenancy import keys, metering, tenants, voices
 from agentvoicebox.tenancy.database import Database
-from agentvoicebox.tenancy.models import Metric, Tenant, Tier
+from agentvoicebox.tenancy.models import PLATFORM, Metric, Tenant, Tier
 from agentvoicebox.tenancy.voices import VoiceConfig
 
 DATE_TIME = "ovos-skill-date-time.openvoiceos"
@@ -111,7 +111,7 @@ async def _converse(stack: Stack, part: Part, key: str, tell: Any) -> Any:
     """Every sentence of a tenant, spoken aloud by a voice and heard by its own session."""
     for number, sentence in enumerate(part.sentences, 1):
         tell(f"{part.name} says “{sentence}”")
-        question = await stack.engines.speak(sentence, SessionSettings(voice="slt"))
+        question = await stack.engines.speak(sentence, SessionSettings(voice="slt"), PLATFORM)
         pcm = audio.resample(question.pcm, question.rate, RATE)
         async with client.session(stack.url, key, {"input_rate": RATE}) as session:
             answer = await session.say(pcm, RATE)

@@ -24,9 +24,14 @@ _OUTPUT_TOKENS_PER_SECOND = 20
 class _Reply:
     """What has been written of one response."""
 
-    __slots__ = ("begun", "item_id", "metadata", "previous", "speaks", "text")
+    __slots__ = ("apart", "begun", "calls", "index", "item_id", "metadata", "previous", "speaks", "text")
 
     def __init__(self, told: ev.ReplyStarted) -> None:
+        self.apart = told.apart
+        self.calls: list[dict[str, Any]] = []
+        """Items of functions that are to be called."""
+        self.index = 0
+        """Place of the message among the items."""
         self.item_id = told.item_id
         self.previous = told.previous_item_id
         self.metadata = dict(told.metadata) if told.metadata else None
@@ -50,7 +55,7 @@ class RealtimeCodec:
     `rates` says which limits the client is under now, none where nothing is limited.
     """
 
-    __slots__ = ("_expires_at", "_heard", "_model", "_new_id", "_rates", "_replies", "_session_id")
+    __slots__ = ("_expires_at", "_heard", "_model", "_new_id", "_partial", "_rates", "_replies", "_session_id")
 
     def __init__(
         self,
@@ -67,6 +72,8 @@ class RealtimeCodec:
         self._rates = rates
         self._replies: dict[str, _Reply] = {}
         self._heard = 0.0
+        self._partial: tuple[str, str] | None = None
+        """The item that is being spoken, and what has been told of it."""
 
     def opening(self, settings: SessionSettings) -> list[str]:
         """The first frames of a connection."""
@@ -98,6 +105,8 @@ class RealtimeCodec:
                 return self._audio(told)
             case ev.ReplyText():
                 return self._text(told)
+            case ev.ReplyCalls():
+                return self._calls(told)
             case ev.ReplyStarted():
                 return self._reply_started(told, settings)
             case ev.ReplyEnded():
@@ -118,6 +127,12 @@ class RealtimeCodec:
             case ev.TextCommitted():
                 content = [{"type": "input_text", "text": told.text}]
                 return self._item_added(_user_item(told.item_id, content), told.previous_item_id, done=True)
+            case ev.ResultCommitted():
+                item = {"id": told.item_id, "type": "function_call_output", "object": "realtime.item"}
+                item |= {"status": "completed", "call_id": told.call_id, "output": told.output}
+                return self._item_added(item, told.previous_item_id, done=True)
+            case ev.Understanding():
+                return self._understanding(told)
             case ev.Understood():
                 return self._understood(told)
             case ev.NotUnderstood():
@@ -133,12 +148,24 @@ class RealtimeCodec:
 
     # --- the user's items ---------------------------------------------------------------------------------------------
 
+    def _understanding(self, told: ev.Understanding) -> list[str]:
+        if self._partial is None or self._partial[0] != told.item_id:
+            self._partial = (told.item_id, "")
+        self._partial = (told.item_id, self._partial[1] + told.text)
+        kind = "conversation.item.input_audio_transcription.delta"
+        return [self._frame(kind, item_id=told.item_id, content_index=0, delta=told.text)]
+
     def _understood(self, told: ev.Understood) -> list[str]:
         self._heard += told.seconds
+        partial, self._partial = self._partial, None
+        text = told.text
+        if partial is not None and partial[0] == told.item_id:
+            # What was told in parts is not told again; where it turned out otherwise, `completed` has the right one.
+            text = text.removeprefix(partial[1]) if text.startswith(partial[1]) else ""
         kind = "conversation.item.input_audio_transcription."
         where = {"item_id": told.item_id, "content_index": 0}
         usage = {"type": "duration", "seconds": round(told.seconds, 3)}
-        frames = [self._frame(kind + "delta", **where, delta=told.text)] if told.text else []
+        frames = [self._frame(kind + "delta", **where, delta=text)] if text else []
         return [*frames, self._frame(kind + "completed", **where, transcript=told.text, usage=usage)]
 
     def _item_added(self, item: dict[str, Any], previous: str | None, *, done: bool) -> list[str]:
@@ -158,11 +185,12 @@ class RealtimeCodec:
         if reply.begun:
             return []
         reply.begun = True
+        reply.index = len(reply.calls)
         item = _assistant_item(reply.item_id, "in_progress", [])
         part = {"type": "audio", "transcript": ""} if reply.speaks else {"type": "text", "text": ""}
         return [
-            self._frame("response.output_item.added", response_id=turn_id, output_index=0, item=item),
-            *self._item_added(item, reply.previous, done=False),
+            self._frame("response.output_item.added", response_id=turn_id, output_index=reply.index, item=item),
+            *([] if reply.apart else self._item_added(item, reply.previous, done=False)),
             self._frame("response.content_part.added", **_place(turn_id, reply), part=part),
         ]
 
@@ -176,6 +204,28 @@ class RealtimeCodec:
         return [
             *self._begin(told.turn_id, reply),
             self._frame(kind, **_place(told.turn_id, reply), delta=delta),
+        ]
+
+    def _calls(self, told: ev.ReplyCalls) -> list[str]:
+        reply = self._replies.get(told.turn_id)
+        if reply is None:
+            return []
+        call = told.call
+        item = {"id": told.item_id, "type": "function_call", "object": "realtime.item", "status": "completed"}
+        item |= {"call_id": call.id, "name": call.name, "arguments": call.arguments}
+        begun = item | {"status": "in_progress", "arguments": ""}
+        index = len(reply.calls) + reply.begun
+        reply.calls.append(item)
+        place = {"response_id": told.turn_id, "item_id": told.item_id, "output_index": index, "call_id": call.id}
+        added, done = ([], []) if reply.apart else ([begun], [item])
+        kind = "response.function_call_arguments."
+        return [
+            self._frame("response.output_item.added", response_id=told.turn_id, output_index=index, item=begun),
+            *(self._frame("conversation.item.added", previous_item_id=None, item=each) for each in added),
+            self._frame(kind + "delta", **place, delta=call.arguments),
+            self._frame(kind + "done", **place, name=call.name, arguments=call.arguments),
+            self._frame("response.output_item.done", response_id=told.turn_id, output_index=index, item=item),
+            *(self._frame("conversation.item.done", previous_item_id=None, item=each) for each in done),
         ]
 
     def _audio(self, told: ev.ReplyAudio) -> list[str]:
@@ -193,10 +243,10 @@ class RealtimeCodec:
         if reply is None:
             return []
         frames: list[str] = []
-        output: list[dict[str, Any]] = []
+        output = list(reply.calls)
         if reply.begun:
             frames, item = self._close_item(told, reply)
-            output = [item]
+            output.insert(reply.index, item)
         usage = _usage(self._heard, told.audio_seconds)
         self._heard = 0.0
         response = self._response(told.turn_id, reply, settings, told.status, _details(told), output, usage)
@@ -220,9 +270,10 @@ class RealtimeCodec:
         frames = [
             *closing,
             self._frame("response.content_part.done", **place, part=part),
-            self._frame("response.output_item.done", response_id=told.turn_id, output_index=0, item=item),
-            self._frame("conversation.item.done", previous_item_id=reply.previous, item=item),
+            self._frame("response.output_item.done", response_id=told.turn_id, output_index=reply.index, item=item),
         ]
+        if not reply.apart:
+            frames.append(self._frame("conversation.item.done", previous_item_id=reply.previous, item=item))
         return frames, item
 
     def _response(
@@ -241,7 +292,7 @@ class RealtimeCodec:
             "status": status,
             "status_details": details,
             "output": output,
-            "conversation_id": f"conv_{self._session_id}",
+            "conversation_id": None if reply.apart else f"conv_{self._session_id}",
             "output_modalities": ["audio" if reply.speaks else "text"],
             "max_output_tokens": "inf",
             "audio": {"output": {"format": _PCM, "voice": settings.voice}},
@@ -264,6 +315,9 @@ class RealtimeCodec:
                 "create_response": detection.create_response,
                 "interrupt_response": detection.interrupt_response,
             }
+        listening = {"format": _PCM, "noise_reduction": None, "transcription": None, "turn_detection": vad}
+        if settings.partials:
+            listening["transcription"] = {"model": settings.stt_model, "language": settings.language.split("-")[0]}
         return {
             "type": "realtime",
             "object": "realtime.session",
@@ -271,16 +325,16 @@ class RealtimeCodec:
             "model": self._model,
             "expires_at": self._expires_at,
             "output_modalities": ["audio" if settings.speaks else "text"],
-            "instructions": "",
-            "tools": [],
-            "tool_choice": "auto",
+            "instructions": settings.instructions,
+            "tools": [{"type": "function", **tool["function"]} for tool in settings.tools],
+            "tool_choice": requests.choice_of(settings.tool_choice),
             "max_output_tokens": "inf",
             "tracing": None,
             "truncation": "auto",
             "prompt": None,
             "include": None,
             "audio": {
-                "input": {"format": _PCM, "noise_reduction": None, "transcription": None, "turn_detection": vad},
+                "input": listening,
                 "output": {"format": _PCM, "voice": settings.voice, "speed": settings.speed},
             },
         }
@@ -290,7 +344,7 @@ class RealtimeCodec:
 
 
 def _place(turn_id: str, reply: _Reply) -> dict[str, Any]:
-    return {"response_id": turn_id, "item_id": reply.item_id, "output_index": 0, "content_index": 0}
+    return {"response_id": turn_id, "item_id": reply.item_id, "output_index": reply.index, "content_index": 0}
 
 
 def _user_item(item_id: str, content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection
+from agentvoicebox.bus_bridge.calls import Wish
+from agentvoicebox.bus_bridge.models import MAX_INSTRUCTIONS, SessionSettings, TurnDetection
 from agentvoicebox.bus_bridge.wire import WireError, check_pcm
 
 MAX_AUDIO = 15 * 1024 * 1024
@@ -20,6 +21,9 @@ MAX_AUDIO = 15 * 1024 * 1024
 
 MAX_TEXT = 8000
 """Characters of one written message."""
+
+MAX_OUTPUT = 100_000
+"""Characters of what a call returned."""
 
 Metadata = Annotated[
     dict[
@@ -81,6 +85,8 @@ class Detection(msgspec.Struct):
 
 class AudioInput(msgspec.Struct):
     format: PcmFormat | UnsetType = UNSET
+    transcription: dict[str, Any] | UnsetType | None = UNSET
+    """With it, what is understood is told while the user still speaks; its model and prompt are the tenant's choice."""
     turn_detection: Detection | UnsetType | None = UNSET
 
 
@@ -95,6 +101,44 @@ class Audio(msgspec.Struct):
     output: AudioOutput = msgspec.field(default_factory=AudioOutput)
 
 
+class Tool(msgspec.Struct):
+    """A function of the client's; its `parameters` are a JSON schema, which the model's provider reads."""
+
+    type: Literal["function"]
+    name: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """As chat completions have it."""
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+Tools = Annotated[list[Tool], msgspec.Meta(max_length=64)]
+
+
+class ToolNamed(msgspec.Struct):
+    """The function that is to be called, whatever was asked."""
+
+    type: Literal["function"]
+    name: str
+
+
+Choice = Literal["auto", "none", "required"] | ToolNamed
+
+
+def choice_told(choice: Choice) -> Any:
+    """Which tool is to be used, as chat completions have it."""
+    return {"type": "function", "function": {"name": choice.name}} if isinstance(choice, ToolNamed) else choice
+
+
+def choice_of(told: Any) -> Any:
+    """The same, back in this protocol's shape."""
+    return {"type": "function", "name": told["function"]["name"]} if isinstance(told, dict) else told
+
+
 Modalities = Annotated[list[Literal["audio", "text"]], msgspec.Meta(min_length=1, max_length=1)]
 
 
@@ -102,18 +146,25 @@ class SessionRequest(msgspec.Struct):
     """The `session` of a `session.update`; absent fields stay as they are."""
 
     type: str
-    instructions: str | UnsetType = UNSET
+    instructions: Annotated[str, msgspec.Meta(max_length=MAX_INSTRUCTIONS)] | UnsetType = UNSET
     output_modalities: Modalities | UnsetType = UNSET
     audio: Audio = msgspec.field(default_factory=Audio)
-    tools: list[Any] | UnsetType = UNSET
+    tools: Tools | UnsetType = UNSET
+    tool_choice: Choice | UnsetType = UNSET
 
     def changes(self, settings: SessionSettings, event_id: str | None) -> dict[str, object]:
         """The fields of `SessionSettings` this request changes. Raises `WireError`."""
         if self.type != "realtime":
             raise WireError("invalid_value", "Only sessions of type `realtime` are served.", "session.type", event_id)
-        if self.tools:
-            raise WireError("unsupported_parameter", "Tools are not served yet.", "session.tools", event_id)
         found: dict[str, object] = {}
+        if not isinstance(self.tools, UnsetType):
+            found["tools"] = tuple(tool.told() for tool in self.tools)
+        if not isinstance(self.tool_choice, UnsetType):
+            found["tool_choice"] = choice_told(self.tool_choice)
+        if not isinstance(self.instructions, UnsetType):
+            found["instructions"] = self.instructions
+        if not isinstance(self.audio.input.transcription, UnsetType):
+            found["partials"] = self.audio.input.transcription is not None
         if not isinstance(self.output_modalities, UnsetType):
             found["speaks"] = self.output_modalities == ["audio"]
         source, sink = self.audio.input, self.audio.output
@@ -167,18 +218,49 @@ class Item(msgspec.Struct):
     role: str | None = None
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
     content: list[Part] = msgspec.field(default_factory=list)
+    call_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    output: Annotated[str, msgspec.Meta(max_length=MAX_OUTPUT)] | None = None
+    name: str | None = None
+    arguments: Annotated[str, msgspec.Meta(max_length=MAX_OUTPUT)] | None = None
 
-    def event(self, event_id: str | None) -> ev.TextAdded:
-        """A written user message. Raises `WireError` for every other kind of item."""
-        texts = [part.text for part in self.content if part.type == "input_text" and part.text]
-        if self.type != "message" or self.role != "user" or len(texts) != len(self.content) or not texts:
+    def event(self, event_id: str | None) -> ev.TextAdded | ev.ResultAdded:
+        """A written user message, or what a call returned. Raises `WireError` for every other kind of item."""
+        if self.type == "function_call_output":
+            if self.call_id is None or self.output is None:
+                raise WireError("invalid_value", "A result has a call_id and an output.", "item", event_id)
+            return ev.ResultAdded(self.call_id, self.output, self.id, event_id)
+        if self.type != "message" or self.role != "user":
             raise WireError(
-                "unsupported_item", "Items are user messages with `input_text` content here.", "item", event_id
+                "unsupported_item",
+                "Items are user messages with `input_text` content, and `function_call_output`, here.",
+                "item",
+                event_id,
             )
+        return ev.TextAdded(self.text(("input_text",), event_id), self.id, event_id)
+
+    def text(self, kinds: tuple[str, ...], event_id: str | None) -> str:
+        """What is written in it. Raises `WireError` for content of other kinds."""
+        texts = [part.text for part in self.content if part.type in kinds and part.text]
+        if len(texts) != len(self.content) or not texts:
+            raise WireError("unsupported_item", "Content is text here.", "item.content", event_id)
         text = " ".join(texts)
         if len(text) > MAX_TEXT:
             raise WireError("invalid_value", f"An item holds at most {MAX_TEXT} characters.", "item.content", event_id)
-        return ev.TextAdded(text, self.id, event_id)
+        return text
+
+    def told(self, event_id: str | None) -> dict[str, Any]:
+        """As a message of a chat that is to be answered. Raises `WireError`."""
+        if self.type == "function_call_output" and self.call_id is not None:
+            return {"role": "tool", "tool_call_id": self.call_id, "content": self.output or ""}
+        if self.type == "function_call" and self.call_id is not None:
+            function = {"name": self.name or "", "arguments": self.arguments or "{}"}
+            call = {"id": self.call_id, "type": "function", "function": function}
+            return {"role": "assistant", "content": None, "tool_calls": [call]}
+        if self.type != "message" or self.role not in ("system", "user", "assistant"):
+            raise WireError(
+                "unsupported_item", "This kind of item cannot be answered here.", "response.input", event_id
+            )
+        return {"role": self.role, "content": self.text(("input_text", "output_text", "text"), event_id)}
 
 
 class ItemCreate(ClientEvent, tag="conversation.item.create", kw_only=True):
@@ -190,22 +272,29 @@ class ResponseRequest(msgspec.Struct):
 
     metadata: Metadata | None = None
     output_modalities: Modalities | None = None
-    instructions: str | None = None
-    conversation: str | None = None
-    input: list[Any] | None = None
-    tools: list[Any] | None = None
+    instructions: Annotated[str, msgspec.Meta(max_length=MAX_INSTRUCTIONS)] | None = None
+    conversation: Literal["auto", "none"] | None = None
+    input: Annotated[list[Item], msgspec.Meta(max_length=64)] | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
 
     def event(self, event_id: str | None) -> ev.ResponseWanted:
         """The wish for a response. Raises `WireError` for wishes that are not served."""
-        refused = {"instructions": self.instructions, "input": self.input, "tools": self.tools}
-        if self.conversation not in (None, "auto"):
-            refused["conversation"] = self.conversation
-        for name, value in refused.items():
-            if value:
-                message = f"`{name}` of a single response is not served yet."
-                raise WireError("unsupported_parameter", message, f"response.{name}", event_id)
         speaks = None if self.output_modalities is None else self.output_modalities == ["audio"]
-        return ev.ResponseWanted(self.metadata, speaks, event_id)
+        return ev.ResponseWanted(self.metadata, speaks, event_id=event_id, wish=self.wish(event_id))
+
+    def wish(self, event_id: str | None) -> Wish | None:
+        """What only the language model can grant; None when core answers as well."""
+        apart = self.conversation == "none"
+        if not (self.instructions or self.tools is not None or self.input is not None or apart):
+            return None
+        return Wish(
+            instructions=self.instructions or "",
+            tools=None if self.tools is None else tuple(tool.told() for tool in self.tools),
+            tool_choice=None if self.tool_choice is None else choice_told(self.tool_choice),
+            input=None if self.input is None else tuple(item.told(event_id) for item in self.input),
+            apart=apart,
+        )
 
 
 class ResponseCreate(ClientEvent, tag="response.create", kw_only=True):

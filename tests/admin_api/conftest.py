@@ -1,11 +1,13 @@
-"""A node with all of the REST service on a real store and real sockets, without cells and engines."""
+"""A node with all of the REST service on a real store and real sockets, without cells; and engines to give it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +19,20 @@ from fastapi import FastAPI
 from agentvoicebox.admin_api import app
 from agentvoicebox.admin_api.http import BoundedProtocol
 from agentvoicebox.admin_api.node import Node
-from agentvoicebox.tenancy import keys, tenants
+from agentvoicebox.bus_bridge.answers import Answers
+from agentvoicebox.bus_bridge.engines import Engines
+from agentvoicebox.config.settings import Settings
+from agentvoicebox.plugins import models
+from agentvoicebox.plugins.chat import Chats
+from agentvoicebox.plugins.chat.solvers import Solvers
+from agentvoicebox.plugins.pool import Pool
+from agentvoicebox.tenancy import keys, metering, tenants
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database, prepare
 from agentvoicebox.tenancy.embedded import serving
 from agentvoicebox.tenancy.keyring import Keyring
 from agentvoicebox.tenancy.limits import Limiter
+from agentvoicebox.tenancy.masterkeys import FileKeys
 from agentvoicebox.tenancy.metering import Ledger
 from agentvoicebox.tenancy.models import RateClass
 
@@ -75,6 +85,7 @@ class Service:
     gateway: Gateway
     resolver: Resolver
     address: Any
+    secrets: FileKeys
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,9 @@ async def store(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
 
 
 @pytest.fixture(scope="session")
-async def service(store: Any) -> AsyncIterator[Service]:
+async def service(store: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Service]:
     """The node."""
+    secrets = FileKeys(tmp_path_factory.mktemp("secrets") / "master.keys")
     database = Database(store)
     feed = Feed(database)
     await feed.start()
@@ -106,7 +118,7 @@ async def service(store: Any) -> AsyncIterator[Service]:
     await keyring.start()
     clock, resolver = Clock(), Resolver()
     limiter, ledger, gateway = Limiter(clock), Ledger(database), Gateway()
-    made = app.create(database, keyring, limiter, ledger, operator=OPERATOR, resolver=resolver)
+    made = app.create(database, keyring, limiter, ledger, operator=OPERATOR, resolver=resolver, secrets=secrets)
     made.state.gateway = gateway
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
@@ -123,7 +135,7 @@ async def service(store: Any) -> AsyncIterator[Service]:
     while not server.started:
         await asyncio.sleep(0.005)
     host, port = listening.getsockname()
-    yield Service(f"http://{host}:{port}", made, database, ledger, limiter, clock, gateway, resolver, store)
+    yield Service(f"http://{host}:{port}", made, database, ledger, limiter, clock, gateway, resolver, store, secrets)
     server.should_exit = True
     await serving_
     listening.close()
@@ -173,3 +185,113 @@ async def new_client(service: Service) -> AsyncIterator[NewClient]:
 async def client(new_client: NewClient) -> Client:
     """A tenant's administrator."""
     return await new_client("admin")
+
+
+class LanguageModel:
+    """A provider of the tests' own on a real socket: it speaks OpenAI's streaming protocol and always says the same."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        """What it was asked, and with which keys."""
+        self.keys: list[str] = []
+        self.status = 200
+
+    def fails(self, status: int) -> None:
+        """Refuse everything from now on."""
+        self.status = status
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer (ASGI)."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.asked.append(json.loads(body))
+        self.keys += [value.decode() for name, value in scope["headers"] if name == b"authorization"]
+        kind = b"text/event-stream" if self.status == 200 else b"application/json"
+        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": self._said()})
+
+    def _said(self) -> bytes:
+        if self.status != 200:
+            return b'{"error": {"message": "no"}}'
+        common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        deltas: list[tuple[dict[str, str], str | None]] = [
+            ({"content": "Hello"}, None),
+            ({"content": " there."}, None),
+            ({}, "stop"),
+        ]
+        events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in deltas]
+        events.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
+        lines = [f"data: {json.dumps(common | event)}\n\n" for event in events]
+        return "".join([*lines, "data: [DONE]\n\n"]).encode()
+
+
+@dataclass(frozen=True)
+class Speaking:
+    """The offline engines, and a language model."""
+
+    engines: Engines
+    model: LanguageModel
+
+
+@asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[str]:
+    """Serve `app` on a port of its own."""
+    socket_ = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
+    serving_ = asyncio.create_task(server._serve([socket_]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+    host, port = socket_.getsockname()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        await serving_
+        socket_.close()
+
+
+@pytest.fixture(scope="session")
+async def offline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Speaking]:
+    """Flite and pocketsphinx, and the language model, for as long as the tests run."""
+    model = LanguageModel()
+    data = tmp_path_factory.mktemp("offline")
+    async with listening(model) as url:
+        decided = Settings(data=data, models=data, engine="offline", compatible_url=f"{url}/v1", compatible_key="ours")
+        pool = Pool()
+        engines = Engines(pool, models.choose("offline", data), decided)
+        try:
+            await engines.load()
+            yield Speaking(engines, model)
+        finally:
+            pool.close()
+
+
+@pytest.fixture
+async def speaking(service: Service, offline: Speaking) -> AsyncIterator[Speaking]:
+    """The node has engines and answers while the test runs."""
+    offline.model.status = 200
+    offline.model.asked.clear()
+    offline.model.keys.clear()
+    chats, solvers = Chats(), Solvers()
+    answers = Answers(service.database, service.secrets, chats, solvers, service.ledger, offline.engines.settings)
+    given = {"engines": offline.engines, "answers": answers, "solvers": solvers}
+    for name, part in given.items():
+        setattr(service.app.state, name, part)
+    yield offline
+    for name in given:
+        setattr(service.app.state, name, None)
+    solvers.close()
+    await chats.close()
+
+
+@pytest.fixture
+def used(service: Service) -> Callable[[Client], Awaitable[dict[str, float]]]:
+    """What a tenant's ledger holds beside requests."""
+
+    async def read(client: Client) -> dict[str, float]:
+        found = await metering.totals(service.database, client.tenant)
+        return {str(metric): quantity for metric, quantity in found.items() if metric != "api_calls"}
+
+    return read

@@ -1,4 +1,7 @@
-"""The service against its own document: every operation, with what it takes and with what it does not."""
+"""The service against its own document: every operation, with what it takes and with what it does not.
+
+Operations that document a 502 ask somebody else, who may not answer: of them a 500 alone is a failure of ours.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from agentvoicebox.tenancy import domains, keys, projects, sessions
+from agentvoicebox.tenancy import domains, keys, personas, projects, sessions
+from agentvoicebox.tenancy.personas import Character
 
 load_all_checks()
 NAMES = (
@@ -32,7 +36,6 @@ Ids = Callable[[], dict[str, str]]
 
 def exercise(schema: Any, url: str, headers: dict[str, str], mode: GenerationMode, ids: dict[str, str]) -> int:
     """Call every operation some times; where `ids` names its path's parts, those rows are meant. Returns the calls."""
-    checks = CHECKS.get_by_names(NAMES)
     calls = 0
     for found in schema.get_all_operations():
         operation = found.ok()
@@ -52,29 +55,47 @@ def exercise(schema: Any, url: str, headers: dict[str, str], mode: GenerationMod
         def call(case: Any) -> None:
             nonlocal calls
             calls += 1
-            case.validate_response(case.call(base_url=url, headers=headers, timeout=30), checks=checks)
+            check(case, case.call(base_url=url, headers=headers, timeout=30), mode)
 
         call()
     return calls
 
 
+def check(case: Any, reply: Any, mode: GenerationMode) -> None:
+    """Raise when the answer is not what the document says."""
+    if mode is GenerationMode.NEGATIVE and reply.status_code == 413:
+        return  # what is too large is refused before anybody looks what else is wrong with it
+    asks_others = "502" in case.operation.definition.raw["responses"]
+    assert not asks_others or reply.status_code != 500
+    case.validate_response(reply, checks=CHECKS.get_by_names(NAMES[1:] if asks_others else NAMES))
+
+
 @pytest.fixture
 async def rows(service: Any, client: Any) -> dict[str, str]:
-    """Rows of the client's tenant, to be read, changed and removed; not the key that it uses."""
+    """Rows of the client's tenant, to be read, changed and removed, not the key that it uses; and what has a name."""
     store = service.database
     return {
         "key_id": str((await keys.issue(store, client.tenant, "spare", ("admin",))).id),
         "project_id": str((await projects.create(store, client.tenant, "spare")).id),
         "session_id": str((await sessions.create(store, client.tenant)).id),
         "domain_id": str((await domains.add(store, client.tenant, f"{client.slug}.example.com")).id),
+        "persona_id": str((await personas.create(store, client.tenant, Character("Anna"))).id),
         "tenant_id": str(client.tenant),
+        "name": "slt",
+        "provider": "deepgram",  # which nobody asks here
     }
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("who", ["operator", "tenant"])
 async def test_every_operation_does_what_the_document_says(
-    service: Any, operator: httpx.AsyncClient, client: Any, rows: dict[str, str], who: str, mode: GenerationMode
+    service: Any,
+    speaking: Any,
+    operator: httpx.AsyncClient,
+    client: Any,
+    rows: dict[str, str],
+    who: str,
+    mode: GenerationMode,
 ):
     """No failure of ours, answers as described, wrong input refused."""
     headers = {"X-API-Key": client.key}
@@ -83,7 +104,7 @@ async def test_every_operation_does_what_the_document_says(
         rows.pop("tenant_id")  # or it would delete the tenant that everything else is about
     schema = schemathesis.openapi.from_dict(service.app.state.document)
     calls = await asyncio.to_thread(exercise, schema, service.url, headers, mode, rows)
-    assert calls >= 40 * EXAMPLES / 2
+    assert calls >= 60 * EXAMPLES / 2
 
 
 async def test_methods_that_are_not_described_are_refused(service: Any, client: Any):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentvoicebox.bus_bridge.audio import Inlet, chunks, resample
+from agentvoicebox.bus_bridge.audio import Inlet, Outlet, chunks, resample
 
 
 def tone(rate: int, seconds: float = 1.0) -> bytes:
@@ -56,3 +56,21 @@ def test_chunks_cut_whole_samples():
     assert b"".join(parts) == bytes(24_001 * 2)
     assert all(len(part) % 2 == 0 for part in parts)
     assert len(parts[0]) == 9_600
+
+
+@pytest.mark.parametrize("source", [16_000, 24_000, 22_050])
+def test_a_reply_in_pieces_sounds_like_one(source: int):
+    outlet, said = Outlet(24_000), tone(source)
+    heard = b"".join(outlet.take(said[i : i + 4_410], source) for i in range(0, len(said), 4_410)) + outlet.end()
+    assert len(heard) == pytest.approx(48_000, abs=8)
+    assert pitch(heard, 24_000) == pytest.approx(440, abs=2)
+    # A click is a step that no sine of this pitch can make.
+    steps = np.abs(np.diff(np.frombuffer(heard, "<i2").astype(int)))
+    assert steps.max() < 2 * np.pi * 440 / 24_000 * 12_000 * 1.2
+    assert outlet.end() == b"", "nothing is said twice"
+
+
+def test_a_voice_that_changes_its_rate_loses_nothing():
+    outlet = Outlet(24_000)
+    heard = outlet.take(tone(16_000), 16_000) + outlet.take(tone(24_000), 24_000) + outlet.end()
+    assert len(heard) == pytest.approx(2 * 48_000, abs=16)

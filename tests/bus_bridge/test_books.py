@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agentvoicebox.bus_bridge import books as module
-from agentvoicebox.bus_bridge.books import Books, SessionBooks
+from agentvoicebox.bus_bridge.books import Books, SessionBooks, Spent
 from agentvoicebox.config.errors import BadInput, NotFound, Unavailable
 from agentvoicebox.tenancy import metering, sessions
 from agentvoicebox.tenancy.metering import Ledger, Usage
@@ -29,7 +29,7 @@ class Store:
         self.lines: dict[uuid.UUID, list[sessions.Event]] = {}
         self.ended: dict[uuid.UUID, SessionStatus] = {}
         self.reasons: dict[uuid.UUID, str] = {}
-        self.audio: dict[uuid.UUID, list[float]] = {}
+        self.used: dict[uuid.UUID, list[Spent]] = {}
         self.writing = asyncio.Event()
         self.delay = 0.01
         self.failure: Callable[[uuid.UUID], Exception | None] = lambda session_id: None
@@ -46,18 +46,16 @@ class Store:
         status: SessionStatus,
         *,
         reason: str,
-        audio_seconds: float,
+        **spent: Any,
     ) -> None:
         await self._write(session_id)
         self.reasons[session_id] = reason
         self.ended[session_id] = status
-        self.audio.setdefault(session_id, []).append(audio_seconds)
+        self.used.setdefault(session_id, []).append(Spent(**spent))
 
-    async def add_usage(
-        self, database: object, tenant_id: object, session_id: uuid.UUID, *, audio_seconds: float
-    ) -> None:
+    async def add_usage(self, database: object, tenant_id: object, session_id: uuid.UUID, **spent: Any) -> None:
         await self._write(session_id)
-        self.audio.setdefault(session_id, []).append(audio_seconds)
+        self.used.setdefault(session_id, []).append(Spent(**spent))
 
     async def _write(self, session_id: uuid.UUID) -> None:
         self.writing.set()
@@ -377,8 +375,18 @@ async def test_what_a_session_heard_and_said_is_in_its_record(metered: Books, st
     paper.away = False
     metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
     await metered.close()
-    assert store.audio == {session.session_id: [3.75]}
+    assert store.used == {session.session_id: [Spent(3.75)]}
     assert (paper.of(Metric.STT_AUDIO_SECONDS), paper.of(Metric.TTS_AUDIO_SECONDS)) == ([1.5], [2.0, 0.25])
+
+
+async def test_what_a_language_model_read_and_wrote_is_in_its_record(metered: Books, store: Store):
+    session, stranger = metered.of(admitted(), uuid.uuid4()), uuid.uuid4()
+    metered.count(TENANT, session.session_id, 100, 20)
+    metered.count(TENANT, session.session_id, 150, 30)
+    metered.count(TENANT, stranger, 7, 7)
+    metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
+    await metered.close()
+    assert store.used == {session.session_id: [Spent(0.0, 250, 50)]}
 
 
 async def test_the_record_is_told_of_audio_while_the_session_runs(metered: Books, store: Store):
@@ -388,14 +396,14 @@ async def test_the_record_is_told_of_audio_while_the_session_runs(metered: Books
     await session.meter("turn 1", 1.0, 0.0)
     await store.writing.wait()
     store.failure = lambda _: None
-    await until(lambda: bool(store.audio))
+    await until(lambda: bool(store.used))
     store.writing.clear()
     await session.meter("turn 2", 2.0, 0.0)
     await store.writing.wait()
     await session.meter("turn 3", 4.0, 0.0)
     metered.end(TENANT, session.session_id, SessionStatus.COMPLETED)
     await metered.close()
-    assert store.audio == {session.session_id: [1.0, 2.0, 4.0]}
+    assert store.used == {session.session_id: [Spent(1.0), Spent(2.0), Spent(4.0)]}
 
 
 async def test_a_clock_set_to_nonsense_keeps_no_session_from_ending(

@@ -222,3 +222,42 @@ async def test_a_turn_that_stays_in_matching_lets_others_in_after_a_while(
 async def test_nobody_there():
     with pytest.raises(Unavailable):
         await Bus().connect("ws://127.0.0.1:9/route")
+
+
+async def test_the_persona_is_told_of_a_turn_that_is_not_wanted_any_more(bus: Bus, core: Core):
+    caller, other = Caller(bus), Caller(bus, "other", "t-2")
+    bus.ask(caller.line, "resp_1", "hello", "en-US")
+    bus.ask(other.line, "resp_2", "hello", "en-US")
+    await core.next("recognizer_loop:utterance")
+    bus.drop("resp_2")  # it waited for its turn: core has never heard of it
+    bus.drop("resp_1")
+    cancelled = await core.next("avb.persona.cancel")
+    assert cancelled["data"] == {"turn": "resp_1"}
+    assert cancelled["context"] == {"avb_session": caller.line.id, "tenant_id": "t-1"}, "no session for core to keep"
+    bus.drop("resp_1")
+    bus.ask(caller.line, "resp_3", "hello", "en-US")
+    await core.next("recognizer_loop:utterance")
+    bus.hang_up(caller.line)
+    assert (await core.heard.get())["data"] == {"turn": "resp_3"}
+    assert (await core.heard.get())["type"] == "avb.session.forget"
+    assert core.heard.empty()
+
+
+async def test_a_turn_is_somebodys_while_its_answer_is_wanted(bus: Bus, core: Core):
+    caller, waiting = Caller(bus), Caller(bus, "waiting", "t-2")
+    caller.line.talk = talk = object()
+    assert bus.turn("resp_1") is None
+    bus.ask(caller.line, "resp_1", "hello", "en-US")
+    bus.ask(waiting.line, "resp_2", "hello", "en-US")
+    assert (bus.turn("resp_1"), bus.turn("resp_2")) == (caller.line, waiting.line)
+    assert caller.line.talk is talk
+    asked = await core.next("recognizer_loop:utterance")
+    await core.say(reply(asked, "ovos.utterance.handled"))
+    assert await caller.next() == ev.Handled("resp_1")
+    bus.drop("resp_2")
+    assert (bus.turn("resp_1"), bus.turn("resp_2")) == (None, None)
+    bus.ask(caller.line, "resp_3", "hello", "en-US")
+    bus.hang_up(caller.line)
+    bus.ask(waiting.line, "resp_4", "hello", "en-US")
+    await bus.close()
+    assert (bus.turn("resp_3"), bus.turn("resp_4")) == (None, None)

@@ -14,12 +14,15 @@ from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
 
 from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.calls import Call, Wish
 from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection, TurnStatus
 from agentvoicebox.bus_bridge.realtime.codec import RateState, RealtimeCodec
 from agentvoicebox.bus_bridge.realtime.requests import MAX_AUDIO
 from agentvoicebox.bus_bridge.wire import WireError
 
 SETTINGS = SessionSettings()
+WEATHER = {"type": "function", "name": "weather", "description": "Tells.", "parameters": {"type": "object"}}
+TOLD = {"type": "function", "function": {name: WEATHER[name] for name in ("name", "description", "parameters")}}
 SERVER_EVENT: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
 
 
@@ -94,6 +97,72 @@ def read(frames: list[str]) -> list[dict[str, Any]]:
             ev.SettingsWanted({"turn_detection": TurnDetection(silence=0.7)}),
         ),
         (sent(type="session.update", session={"type": "realtime", "tracing": "auto"}), ev.SettingsWanted({})),
+        (
+            sent(
+                type="session.update",
+                session={
+                    "type": "realtime",
+                    "instructions": "Be brief.",
+                    "tools": [WEATHER],
+                    "tool_choice": {"type": "function", "name": "weather"},
+                    "audio": {"input": {"transcription": {"model": "whisper-1"}}},
+                },
+            ),
+            ev.SettingsWanted(
+                {
+                    "instructions": "Be brief.",
+                    "tools": (TOLD,),
+                    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+                    "partials": True,
+                }
+            ),
+        ),
+        (
+            sent(
+                type="conversation.item.create",
+                item={"type": "function_call_output", "call_id": "call_1", "output": "rain", "id": "i"},
+            ),
+            ev.ResultAdded("call_1", "rain", "i"),
+        ),
+        (
+            sent(
+                type="response.create",
+                response={
+                    "conversation": "none",
+                    "instructions": "Classify.",
+                    "input": [
+                        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+                        {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"},
+                        {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
+                    ],
+                    "tools": [],
+                    "metadata": {"topic": "1"},
+                },
+            ),
+            ev.ResponseWanted(
+                {"topic": "1"},
+                wish=Wish(
+                    instructions="Classify.",
+                    tools=(),
+                    input=(
+                        {"role": "user", "content": "hello"},
+                        {
+                            "role": "assistant",
+                            "content": None,
+                            "tool_calls": [
+                                {
+                                    "id": "call_1",
+                                    "type": "function",
+                                    "function": {"name": "weather", "arguments": "{}"},
+                                }
+                            ],
+                        },
+                        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+                    ),
+                    apart=True,
+                ),
+            ),
+        ),
     ],
 )
 def test_what_a_frame_means(codec: RealtimeCodec, frame: str, wanted: object):
@@ -113,18 +182,28 @@ def test_what_a_frame_means(codec: RealtimeCodec, frame: str, wanted: object):
         (sent(type="conversation.item.retrieve", item_id="x", event_id="mine"), "unsupported_event", "type"),
         (
             sent(type="conversation.item.create", item={"type": "function_call_output"}, event_id="mine"),
+            "invalid_value",
+            "item",
+        ),
+        (
+            sent(type="conversation.item.create", item={"type": "message", "role": "system"}, event_id="mine"),
             "unsupported_item",
             "item",
         ),
         (
-            sent(type="response.create", response={"conversation": "none"}, event_id="mine"),
-            "unsupported_parameter",
+            sent(type="response.create", response={"input": [{"type": "item_reference", "id": "x"}]}, event_id="mine"),
+            "unsupported_item",
+            "response.input",
+        ),
+        (
+            sent(type="response.create", response={"conversation": "mine"}, event_id="mine"),
+            "invalid_value",
             "response.conversation",
         ),
         (
-            sent(type="session.update", session={"type": "realtime", "tools": [{"name": "x"}]}, event_id="mine"),
-            "unsupported_parameter",
-            "session.tools",
+            sent(type="session.update", session={"type": "realtime", "tools": [{"type": "mcp"}]}, event_id="mine"),
+            "invalid_value",
+            None,
         ),
         (
             sent(
@@ -267,6 +346,65 @@ def test_an_unfinished_turn_is_closed_in_order(
     assert (done["status"], done["status_details"]) == (status.value, details)
     assert [item["status"] for item in done["output"]] == (["incomplete"] if begun else [])
     assert codec.encode(ev.ReplyText("resp_1", "late"), SETTINGS) == []
+
+
+def test_a_call_in_the_order_clients_rely_on(codec: RealtimeCodec):
+    call = Call("call_1", "weather", '{"city": "Oslo"}')
+    read(codec.encode(ev.ReplyStarted("resp_1", "item_2", "item_1", True, None), SETTINGS))
+    frames = read(codec.encode(ev.ReplyText("resp_1", "Let me see."), SETTINGS))
+    frames = read(codec.encode(ev.ReplyCalls("resp_1", "item_3", call), SETTINGS))
+    assert [frame["type"] for frame in frames] == [
+        "response.output_item.added",
+        "conversation.item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "conversation.item.done",
+    ]
+    assert [frame["output_index"] for frame in frames if "output_index" in frame] == [1, 1, 1, 1]
+    assert frames[3]["name"] == "weather"
+    ended = ev.ReplyEnded("resp_1", TurnStatus.COMPLETED, None, None, "Let me see.", 0.5, calls=(call,))
+    done = read(codec.encode(ended, SETTINGS))[-1]
+    assert [item["type"] for item in done["response"]["output"]] == ["message", "function_call"]
+    assert done["response"]["output"][1]["arguments"] == '{"city": "Oslo"}'
+    told = ev.ResultCommitted("item_4", "item_3", "call_1", "rain")
+    assert read(codec.encode(told, SETTINGS))[0]["item"]["output"] == "rain"
+
+
+def test_an_answer_apart_is_no_item_of_the_conversation(codec: RealtimeCodec):
+    frames = codec.encode(ev.ReplyStarted("resp_1", "item_2", None, False, {"topic": "1"}, apart=True), SETTINGS)
+    frames += codec.encode(ev.ReplyText("resp_1", "spam"), SETTINGS)
+    frames += codec.encode(ev.ReplyCalls("resp_1", "item_3", Call("call_1", "block", "{}")), SETTINGS)
+    frames += codec.encode(ev.ReplyEnded("resp_1", TurnStatus.COMPLETED, None, None, "spam", 0.0), SETTINGS)
+    found = read(frames)
+    assert not [frame["type"] for frame in found if frame["type"].startswith("conversation.")]
+    assert found[-1]["response"]["conversation_id"] is None
+    assert found[-1]["response"]["metadata"] == {"topic": "1"}
+
+
+def test_the_session_shows_its_tools_as_they_were_sent(codec: RealtimeCodec):
+    choice = {"type": "function", "function": {"name": "weather"}}
+    settings = SessionSettings(tools=(TOLD,), tool_choice=choice, instructions="Be brief.", partials=True)
+    session = read(codec.encode(ev.SettingsChanged(settings), settings))[0]["session"]
+    assert session["tools"] == [WEATHER]
+    assert session["tool_choice"] == {"type": "function", "name": "weather"}
+    assert session["instructions"] == "Be brief."
+    assert session["audio"]["input"]["transcription"]["model"] == "base"
+
+
+def test_what_was_told_in_parts_is_not_told_again(codec: RealtimeCodec):
+    frames = codec.encode(ev.Understanding("item_1", "what time"), SETTINGS)
+    frames += codec.encode(ev.Understanding("item_1", " is"), SETTINGS)
+    frames += codec.encode(ev.Understood("item_1", "what time is it", 1.0), SETTINGS)
+    found = read(frames)
+    assert "".join(frame["delta"] for frame in found[:-1]) == found[-1]["transcript"] == "what time is it"
+
+
+def test_a_part_that_turned_out_otherwise_is_put_right_at_the_end(codec: RealtimeCodec):
+    codec.encode(ev.Understanding("item_1", "what lime"), SETTINGS)
+    found = read(codec.encode(ev.Understood("item_1", "what time is it", 1.0), SETTINGS))
+    assert [frame["type"].rpartition(".")[2] for frame in found] == ["completed"]
+    assert found[0]["transcript"] == "what time is it"
 
 
 def test_defaults_are_echoed_for_clients_that_look(codec: RealtimeCodec):

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentvoicebox.bus_bridge import events as ev
+from agentvoicebox.bus_bridge.calls import Call, Wish
 from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
-from agentvoicebox.bus_bridge.session import CORE_SILENCE, ENGINE_SILENCE, LONGEST_BUFFER, MOST_OPEN, READING, Session
+from agentvoicebox.bus_bridge.session import (
+    CORE_SILENCE,
+    ENGINE_SILENCE,
+    LONGEST_BUFFER,
+    MODEL_SILENCE,
+    MOST_OPEN,
+    READING,
+    Session,
+)
 from agentvoicebox.bus_bridge.turns import LONGEST_PIECE, sentences
 
 WINDOW = b"\x01\x00" * 512
@@ -127,6 +136,142 @@ def test_a_pause_in_the_sentence_cancels_what_was_recognised_too_early():
     assert len(second.pcm) > len(first.pcm)
     told(ev.Transcribed(second.item_id, second.attempt, "half a sentence"))
     assert told.last(ev.Ask).text == "half a sentence"
+
+
+def test_a_reply_is_heard_while_the_rest_of_it_is_still_being_made():
+    told = Told()
+    turn = told.say("tell me a story")
+    told(ev.Spoke(turn, "Once upon a time."))
+    told(ev.Handled(turn))
+    out = told(ev.Synthesized(turn, 0, b"\0\0" * 8_000, 16_000, more=True), 0.02)
+    assert kinds(out) == ["ReplyAudio"], "the stretch goes on, and so does the turn"
+    first = told.now
+    out = told(ev.Synthesized(turn, 0, b"\0\0" * 8_000, 16_000), 0.02)
+    assert kinds(out) == ["ReplyAudio", "Meter"]
+    assert told.last(ev.Meter).tts_seconds == 1.0
+    told(ev.Metered(turn))
+    assert told.last(ev.ReplyEnded).story[Stamp.FIRST_AUDIO] == first
+
+
+def test_the_next_stretch_waits_for_the_end_of_the_one_before():
+    told = Told()
+    turn = told.say("tell me two things")
+    told(ev.Spoke(turn, "One."))
+    assert told(ev.Spoke(turn, "Two."))
+    told(ev.Synthesized(turn, 0, b"\0\0" * 100, 16_000, more=True))
+    assert told.count(ev.Synthesize) == 1
+    told(ev.Synthesized(turn, 0, b"", 16_000))
+    assert told.last(ev.Synthesize) == ev.Synthesize(turn, 1, "Two.")
+
+
+def test_a_voice_that_stops_in_the_middle_of_a_stretch_fails_the_turn_and_what_was_heard_is_metered():
+    told = Told()
+    turn = told.say("tell me a story")
+    told(ev.Spoke(turn, "Once upon a time."))
+    told(ev.Synthesized(turn, 0, b"\0\0" * 16_000, 16_000, more=True))
+    told(ev.TimePassed(), ENGINE_SILENCE)
+    assert told.last(ev.Meter).tts_seconds == 1.0
+    told(ev.Metered(turn))
+    assert told.last(ev.ReplyEnded).reason == "tts_timeout"
+
+
+def test_who_wants_it_is_told_what_is_understood_while_speaking():
+    told = Told(SessionSettings(partials=True))
+    told.speak(30)
+    first = told.last(ev.Guess)
+    assert len(first.pcm) > 0
+    assert told(ev.Guessed(first.item_id, "what time")) == []
+    told.speak(30)
+    second = told.last(ev.Guess)
+    assert len(second.pcm) > len(first.pcm)
+    assert told(ev.Guessed(second.item_id, "what time is")) == [ev.Understanding(first.item_id, "what time")]
+    told.fall_silent()
+    heard = told.last(ev.Transcribe)
+    told(ev.Transcribed(heard.item_id, heard.attempt, "what time is it"))
+    assert told.last(ev.Understood).text == "what time is it"
+    assert told(ev.Guessed(second.item_id, "what time is it")) == [], "the final transcript has said it all"
+
+
+def test_nobody_guesses_for_a_client_that_does_not_ask():
+    told = Told()
+    told.speak(60)
+    assert told.count(ev.Guess) == 0
+
+
+def test_a_guess_for_which_there_was_no_time_is_tried_again():
+    told = Told(SessionSettings(partials=True))
+    told.speak(30)
+    assert told(ev.Guessed(told.last(ev.Guess).item_id, None)) == []
+    told.speak(30)
+    assert told.count(ev.Guess) == 2
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+
+
+def test_with_tools_the_model_answers_without_core():
+    told = Told(SessionSettings(tools=(TOOL,)))
+    turn = told.say("how is the weather")
+    assert told.last(ev.Converse) == ev.Converse(turn, "how is the weather", Wish())
+    assert told.count(ev.Ask) == 0
+    told(ev.Called(turn, Call("call_1", "weather", "{}")))
+    assert told.last(ev.ReplyCalls).call.name == "weather"
+    told(ev.Handled(turn))
+    told(ev.Metered(turn))
+    ended = told.last(ev.ReplyEnded)
+    assert (ended.status, ended.calls) == (TurnStatus.COMPLETED, (Call("call_1", "weather", "{}"),))
+    told(ev.ResultAdded("call_1", "rain"))
+    assert told.last(ev.Return) == ev.Return("call_1", "rain")
+    told(ev.ResponseWanted())
+    again = told.last(ev.Converse)
+    assert (again.text, again.turn_id) == ("", told.last(ev.ReplyStarted).turn_id)
+    told(ev.Spoke(again.turn_id, "It rains."))
+    assert told.last(ev.Synthesize).text == "It rains."
+
+
+def test_nothing_is_answered_twice_because_of_one_result():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    told(ev.ResultAdded("call_1", "rain"))
+    told(ev.ResponseWanted())
+    told(ev.Handled(told.last(ev.ReplyStarted).turn_id))
+    told(ev.ResponseWanted())
+    assert told.last(ev.Problem).code == "nothing_to_answer"
+
+
+def test_an_answer_with_instructions_of_its_own_is_the_models():
+    told = Told(TEXT_ONLY)
+    told(ev.TextAdded("hello"))
+    wish = Wish(instructions="Answer in Latin.")
+    told(ev.ResponseWanted(wish=wish))
+    assert told.last(ev.Converse) == ev.Converse(told.last(ev.ReplyStarted).turn_id, "hello", wish)
+    told(ev.TextAdded("what time is it"))
+    told(ev.Handled(told.last(ev.ReplyStarted).turn_id))
+    told(ev.ResponseWanted())
+    assert told.last(ev.Ask).text == "what time is it", "the next one is anybody's again"
+
+
+def test_an_answer_apart_leaves_the_conversation_alone():
+    told = Told(TEXT_ONLY)
+    told(ev.TextAdded("hello", item_id="item_mine"))
+    wish = Wish(input=({"role": "user", "content": "classify this"},), apart=True)
+    told(ev.ResponseWanted(wish=wish))
+    started = told.last(ev.ReplyStarted)
+    assert started.apart
+    told(ev.Spoke(started.turn_id, "spam"))
+    told(ev.Handled(started.turn_id))
+    told(ev.ResponseWanted())
+    assert told.last(ev.Ask).text == "hello", "what was said before still waits for its answer"
+    assert told.last(ev.ReplyStarted).previous_item_id == "item_mine"
+
+
+def test_a_slow_model_is_waited_for_longer_than_core():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    told(ev.TextAdded("think"))
+    told(ev.ResponseWanted())
+    assert told.session.deadline == told.now + MODEL_SILENCE
+    told(ev.TimePassed(), MODEL_SILENCE)
+    assert told.last(ev.ReplyEnded).reason == "no_answer"
+    assert told.last(ev.CancelTurn)
 
 
 def test_silence_is_answered_politely_and_never_asked():

@@ -74,3 +74,24 @@ def test_the_time_zone_is_the_machines_or_utc(tmp_path: Path, zone: str, expecte
         patch.setenv("TZ", zone)
         assert _written(tmp_path)["location"]["timezone"]["code"] == expected
     tzlocal.reload_localzone()
+
+
+def test_the_persona_is_asked_before_whoever_answers_anything() -> None:
+    at = ovos.PIPELINE.index("agentvoicebox-persona")
+    assert ovos.PIPELINE[at + 1 :] == ("ovos-fallback-pipeline-plugin-low",)
+    assert not any("ovos-persona" in stage for stage in ovos.PIPELINE), "its persona is everybody's (hazards H4, H5)"
+
+
+def test_the_persona_is_told_where_its_node_is(tmp_path: Path) -> None:
+    node = ovos.Node("http://127.0.0.1:4712/v1", "a secret")
+    assert "secret" not in repr(node)
+    file = ovos.write(tmp_path, languages=("en-us",), port=1, route="/secret", node=node)
+    assert "a secret" not in file.read_text()
+    section = json.loads(file.read_text())["agentvoicebox"]
+    key = Path(section["key_file"])
+    assert section["url"] == "http://127.0.0.1:4712/v1"
+    assert key.read_text() == "a secret"
+    assert key.is_relative_to(tmp_path)
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert "agentvoicebox" not in _written(tmp_path)
+    assert not key.exists(), "a key that nobody needs is not left behind"

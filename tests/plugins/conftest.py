@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def tiny_kokoro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 9
     onnx.save(model, str(directory / MODEL))
-    pitches = {"am_onyx": 120, "af_sarah": 240, "bf_emma": 260}
+    pitches = {"am_onyx": 120, "af_sarah": 240, "bf_emma": 260, "ff_siwis": 220, "zm_yunxi": 140}
     with (directory / VOICES).open("wb") as out:
         np.savez(out, **{name: np.full((510, 1, 256), hertz, np.float32) for name, hertz in pitches.items()})
     return directory
@@ -104,20 +105,41 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def build_whisper(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`build_whisper(short, languages)` is a tiny Whisper that needs 30 s, or that knows languages.
+
+    On a window of less than 30 s one with `short="loops"` repeats the first word of a sentence for ever, and one with
+    `short="guesses"` is not sure of any word; one with `short="hangs"` repeats the first word whatever the window.
+    `languages` tells which sentences are of which language.
+    """
+
+    def build(short: str = "", languages: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> Path:
+        directory = tmp_path_factory.mktemp("whisper")
+        _Tones(short, languages).save(directory)
+        return directory
+
+    return build
+
+
 class _Tones:
-    """Encoder: one unit per tone. Decoder: a table from (sentence, last word) to the next word."""
+    """Encoder: one unit per tone, and one that marks the last frame of 30 s. Decoder: a table from (sentence, last
+    word) to the next word, where it may depend on the mark."""
 
     width = 64
+    mark = 0
 
-    def __init__(self) -> None:
+    def __init__(self, short: str = "", languages: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> None:
+        self.short, self.languages = short, languages
         self.words = sorted({f"\u0120{word}" for sentence in SENTENCES for word in sentence.split()})
         letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in letters]
         alphabet = dict(zip(letters, map(chr, letters), strict=True))
         alphabet |= {byte: chr(256 + n) for n, byte in enumerate(others)}
-        self.text = [alphabet[byte] for byte in range(256)] + self.words
+        # An empty token is what CTranslate2 knows a multilingual vocabulary by.
+        self.text = [alphabet[byte] for byte in range(256)] + self.words + [""] * bool(languages)
         names = (
-            *("endoftext", "startoftranscript", "translate", "transcribe"),
+            *("endoftext", "startoftranscript", *languages, "translate", "transcribe"),
             *("startoflm", "startofprev", "nospeech", "notimestamps"),
         )
         self.special = [f"<|{name}|>" for name in names]
@@ -130,7 +152,7 @@ class _Tones:
         spec.register_vocabulary(self.tokens)
         spec.config.suppress_ids = [self.id[f"<|{n}|>"] for n in ("startoftranscript", "nospeech", "transcribe")]
         spec.config.suppress_ids_begin = [self.id["<|endoftext|>"]]
-        spec.config.lang_ids = []
+        spec.config.lang_ids = [self.id[f"<|{language}|>"] for language in self.languages]
         spec.config.alignment_heads = [(0, 0)]
         spec.validate()
         spec.optimize()
@@ -154,10 +176,18 @@ class _Tones:
         d, tones, size = self.width, len(TONES), len(self.tokens)
         spec = whisper_spec.WhisperSpec(1, 2, 1, 2)
         first = d - tones
-        steps = [(None, "start", "<|nospeech|>")]
+        # (tone, last word, next word, and whether that needs the mark (1), or that there is none (-1))
+        steps: list[tuple[int | None, str, str, int]] = [(None, "start", "<|nospeech|>", 0)]
         for k, sentence in enumerate(SENTENCES):
             chain = ["start", *(f"\u0120{word}" for word in sentence.split()), "<|endoftext|>"]
-            steps += [(k, *pair) for pair in pairwise(chain)]
+            if self.short == "hangs":
+                steps += [(k, "start", chain[1], 0), (k, chain[1], chain[1], 0)]
+                continue
+            steps += [(k, *pair, 1 if self.short else 0) for pair in pairwise(chain)]
+            if self.short == "guesses":
+                steps += [(k, *pair, -1) for pair in pairwise(chain)]
+            if self.short == "loops":
+                steps += [(k, "start", chain[1], -1), (k, chain[1], chain[1], -1)]
         hidden = -(-len(steps) // 16) * 16
 
         encoder = spec.encoder
@@ -170,6 +200,7 @@ class _Tones:
             encoder.conv1.bias[first + k] = -0.35  # no tone stays below it
             encoder.conv2.weight[first + k, first + k, 1] = 4
         encoder.position_encodings.encodings = _zeros(1500, d)
+        encoder.position_encodings.encodings[-1, self.mark] = 1
         _norm(encoder.layer_norm, d)
         for layer in encoder.layer:
             _attention(layer.self_attention, 3, d)
@@ -180,6 +211,7 @@ class _Tones:
         for name in ["start", "<|endoftext|>", "<|nospeech|>", *self.words]:
             code = rng.choice([-1.0, 1.0], first)
             code -= code.mean()
+            code[self.mark] = 0
             codes[name] = (code / np.linalg.norm(code)).astype(np.float32)
         meaning, scores = _zeros(size, d), _zeros(size, d)
         for token in self.special + self.stamps:
@@ -188,6 +220,10 @@ class _Tones:
             meaning[self.id[token], :first] = 6 * codes[token]
             scores[self.id[token], :first] = 4 * codes[token]
         scores[self.id["<|nospeech|>"], :first] = 8 * codes["<|nospeech|>"]
+
+        for language, sentences in self.languages.items():
+            firsts = [codes[f"\u0120{SENTENCES[k].split()[0]}"] for k in sentences]
+            scores[self.id[f"<|{language}|>"], :first] = np.sum(firsts, axis=0)
 
         decoder = spec.decoder
         decoder.embeddings.weight = meaning
@@ -206,15 +242,24 @@ class _Tones:
         diagonal = np.arange(first, d)
         cross.linear[1].weight[d + diagonal, diagonal] = 1
         cross.linear[2].weight[diagonal, diagonal] = 1
+        # One of the two heads looks for the mark.
+        cross.linear[1].weight[: d // 2] = 0
+        cross.linear[1].weight[: d // 2, self.mark] = 1
+        cross.linear[1].weight[d + self.mark, self.mark] = 1
+        cross.linear[2].weight[self.mark, self.mark] = 1
         _feed(layer.ffn, d, hidden)
         layer.ffn.linear_0.bias -= 20
-        for row, (k, here, following) in enumerate(steps):
+        for row, (k, here, following, marked) in enumerate(steps):
             layer.ffn.linear_0.weight[row, :first] = codes[here]
             layer.ffn.linear_0.weight[row, first:] = -2.0 if k is None else -0.5
             if k is not None:
                 layer.ffn.linear_0.weight[row, first + k] = 1
-            layer.ffn.linear_0.bias[row] = -6
+            layer.ffn.linear_0.weight[row, self.mark] = 1 if k is None else 2 * marked
+            layer.ffn.linear_0.bias[row] = -16 if marked == 1 else -6
             layer.ffn.linear_1.weight[:first, row] = 12 * codes[following]
+            if self.short == "guesses" and marked == -1:
+                # Just ahead of all other tokens together: right, but not sure.
+                layer.ffn.linear_1.weight[:first, row] = 0.3 * codes[following] - 1.15 * codes[here]
         return spec
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,8 @@ def test_auto_takes_what_is_here_ear_and_voice_apart(tmp_path: Path):
 
     lay_down(tmp_path, "faster-whisper-base")
     both = models.choose("auto", tmp_path)
-    assert both.stt.plugin == "ovos-stt-plugin-fasterwhisper"
+    assert both.stt.plugin == "agentvoicebox-stt-whisper"
+    assert both.stt == models.whisper_spec(tmp_path, "base", vad=True)
     assert dict(both.stt.config)["model"] == str(tmp_path / "faster-whisper-base")
     assert both.notice is None
     assert both == models.choose("models", tmp_path)
@@ -243,6 +245,16 @@ def test_auto_takes_what_is_here_ear_and_voice_apart(tmp_path: Path):
 
     forced = models.choose("offline", tmp_path)
     assert (forced.stt, forced.tts) == (nothing.stt, nothing.tts)
+
+
+def test_what_a_whisper_model_gives_it_costs():
+    told = models.trade_offs()
+    assert [choice.model for choice in told] == ["tiny", "base", "small", "medium", "large-v2", "large-v3"]
+    for smaller, larger in pairwise(told):
+        assert smaller.word_errors > larger.word_errors
+        assert smaller.speed >= larger.speed
+        assert smaller.size < larger.size
+        assert smaller.memory < larger.memory
 
 
 def test_models_that_are_required_and_missing_name_the_remedy(tmp_path: Path):

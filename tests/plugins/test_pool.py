@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
+import sys
 import threading
 import time
 import wave
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +20,7 @@ from ovos_plugin_manager.templates.tts import TTS
 
 from agentvoicebox.config.errors import Unavailable
 from agentvoicebox.plugins import pool
-from agentvoicebox.plugins.pool import EngineSpec, Pool, cancelled
+from agentvoicebox.plugins.pool import EngineSpec, Pool, cancelled, engine
 
 FLITE = EngineSpec("tts", "agentvoicebox-tts-flite")
 
@@ -69,8 +73,7 @@ class Slow(STT):
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "load_tts_plugin", {"plain": Plain}.get)
-    monkeypatch.setattr(pool, "load_stt_plugin", {"slow": Slow}.get)
+    monkeypatch.setattr(engine, "plugin_class", lambda kind, name: {"plain": Plain, "slow": Slow}.get(name))
     Plain.loaded = Slow.steps = 0
     Slow.begun.clear()
 
@@ -103,7 +106,7 @@ async def test_a_missing_plugin_says_so_and_may_come_later(engines: Pool, monkey
     with pytest.raises(Unavailable, match="not installed") as caught:
         await engines.speak(spec, "x", "en-US")
     assert caught.value.code == "engine_missing"
-    monkeypatch.setattr(pool, "load_tts_plugin", lambda name: Plain)
+    monkeypatch.setattr(engine, "plugin_class", lambda kind, name: Plain)
     assert (await engines.speak(spec, "x", "en-US")).seconds == 1.0
 
 
@@ -163,3 +166,27 @@ def test_outside_a_pool_nobody_is_ever_gone():
     assert cancelled() is False
     with pool.when_cancelled(lambda: pytest.fail("nobody left")):
         pass
+
+
+async def test_a_damaged_model_is_named_with_its_remedy_and_the_pool_survives(engines: Pool, tiny_whisper: Path):
+    damaged = tiny_whisper.parent / "damaged"
+    shutil.copytree(tiny_whisper, damaged)
+    (damaged / "model.bin").write_bytes((damaged / "model.bin").read_bytes()[:1_000])
+    spec = EngineSpec("stt", "ovos-stt-plugin-fasterwhisper", (("compute_type", "float32"), ("model", str(damaged))))
+    with pytest.raises(Unavailable, match=r"damaged.*avb models pull") as caught:
+        await engines.transcribe(spec, bytes(32_000), 16_000, "en-US")
+    assert caught.value.code == "engine_failed"
+    (damaged / "model.bin").write_bytes((tiny_whisper / "model.bin").read_bytes())
+    assert (await engines.transcribe(spec, bytes(32_000), 16_000, "en-US")).text == ""
+
+
+def test_only_the_plugin_that_is_asked_for_is_imported():
+    script = """
+import sys
+from agentvoicebox.plugins.pool.engine import plugin_class
+assert plugin_class("tts", "agentvoicebox-tts-flite").__name__ == "FliteTTS"
+assert plugin_class("stt", "agentvoicebox-tts-flite") is None
+assert not {"faster_whisper", "kokoro_onnx", "onnxruntime", "pocketsphinx", "redis"} & set(sys.modules)
+assert plugin_class("stt", "ovos-stt-plugin-fasterwhisper").__name__ == "FasterWhisperSTT"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -14,9 +14,10 @@ from psycopg import sql
 from sqlalchemy import LargeBinary
 
 from agentvoicebox.config.errors import Conflict, NotFound
-from agentvoicebox.tenancy import audit, domains, erasure, keys, projects, sessions, settings, tenants
+from agentvoicebox.tenancy import audit, domains, erasure, keys, personas, projects, sessions, settings, tenants
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import PLATFORM, Base, EventType, Tenant
+from agentvoicebox.tenancy.personas import Character
 from agentvoicebox.tenancy.sessions import Event
 
 MARK = "a7f3-what-was-said"
@@ -65,6 +66,8 @@ async def fill(database: Database, admin: psycopg.AsyncConnection, tenant: Tenan
     await settings.patch(database, tenant.id, {"webhook_url": f"https://{MARK}.example.com/"})
     await domains.add(database, tenant.id, f"{MARK}.example.com")
     project = await projects.create(database, tenant.id, MARK, config={"x": MARK})
+    persona = await personas.create(database, tenant.id, Character(MARK, system_prompt=MARK, knowledge=MARK))
+    await personas.set_project_default(database, tenant.id, project.id, persona.id)
     place = await projects.add_environment(database, tenant.id, project.id, MARK)
     await projects.deploy(database, tenant.id, place.id, MARK)
     key = await keys.issue(database, tenant.id, MARK, project_id=project.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -29,6 +30,17 @@ async def test_what_is_put_is_got(database: Database, tenant: Tenant, other: Ten
         disabled_skills=("skill-date-time.openvoiceos", "skill-account.agentvoicebox"),
         stt="ovos-stt-plugin-fasterwhisper",
         tts="agentvoicebox-tts-kokoro",
+        stt_model="large-v3",
+        stt_language="auto",
+        stt_vad=False,
+        stt_fallbacks=("deepgram", "openai"),
+        tts_fallbacks=("agentvoicebox-tts-flite",),
+        llm_provider="compatible",
+        llm_model="acme/large:70b",
+        llm_fallbacks=("groq/llama-3.1-8b-instant", "openai/gpt-4o"),
+        llm_url="https://models.example.com/v1",
+        llm_temperature=0.0,
+        llm_max_tokens=4096,
     )
     await voices.put(database, tenant.id, chosen)
     await voices.put(database, tenant.id, chosen)
@@ -51,6 +63,38 @@ async def test_an_unknown_tenant(database: Database) -> None:
         await voices.get(database, uuid.uuid4())
     with pytest.raises(NotFound):
         await voices.put(database, uuid.uuid4(), VoiceConfig())
+
+
+async def test_only_what_is_patched_changes(database: Database, tenant: Tenant, other: Tenant) -> None:
+    await voices.put(database, tenant.id, VoiceConfig(voice="af_sarah", speed=1.5))
+    changed = await voices.patch(database, tenant.id, {"speed": 0.5, "llm_fallbacks": ("groq/x",)})
+    assert changed == VoiceConfig(voice="af_sarah", speed=0.5, llm_fallbacks=("groq/x",))
+    assert await voices.get(database, tenant.id) == changed
+    assert await voices.patch(database, tenant.id, {}) == changed
+    assert await voices.get(database, other.id) == VoiceConfig()
+    async with database.tenant(tenant.id) as session:
+        last = (await session.execute(select(AuditEntry).order_by(AuditEntry.seq.desc()).limit(1))).scalar_one()
+    assert (last.old_values, last.new_values) == (
+        {"speed": 1.5, "llm_fallbacks": []},
+        {"speed": 0.5, "llm_fallbacks": ["groq/x"]},
+    )
+
+
+async def test_what_is_patched_makes_sense(database: Database, tenant: Tenant) -> None:
+    for changes, param in (({"speed": 3}, "speed"), ({"colour": "red"}, "colour"), ({"voice": None}, "voice")):
+        with pytest.raises(BadInput) as caught:
+            await voices.patch(database, tenant.id, {"language": "de", **changes})
+        assert caught.value.param == param
+    assert await voices.get(database, tenant.id) == VoiceConfig()
+    with pytest.raises(NotFound):
+        await voices.patch(database, uuid.uuid4(), {})
+
+
+async def test_of_two_changes_at_once_both_count(database: Database, tenant: Tenant) -> None:
+    changes: list[dict[str, Any]] = [{"speed": 1.5}, {"voice": "slt"}, {"language": "de"}, {"stt_vad": False}]
+    await asyncio.gather(*(voices.patch(database, tenant.id, each) for each in changes))
+    wanted = VoiceConfig(speed=1.5, voice="slt", language="de", stt_vad=False)
+    assert await voices.get(database, tenant.id) == wanted
 
 
 @pytest.mark.parametrize(
@@ -81,6 +125,30 @@ async def test_an_unknown_tenant(database: Database) -> None:
         ("disabled_skills", ("../etc",)),
         ("disabled_skills", ("",)),
         ("disabled_skills", tuple(f"skill-{i}" for i in range(201))),
+        ("stt_model", "huge"),
+        ("stt_model", None),
+        ("stt_language", "english"),
+        ("stt_vad", 1),
+        ("stt_fallbacks", ["deepgram"]),
+        ("stt_fallbacks", ("a/b",)),
+        ("tts_fallbacks", tuple("abcdef")),
+        ("llm_provider", "acme"),
+        ("llm_model", ""),
+        ("llm_model", "a b"),
+        ("llm_model", "x" * 101),
+        ("llm_fallbacks", ("groq",)),
+        ("llm_fallbacks", ("acme/x",)),
+        ("llm_fallbacks", ("groq/",)),
+        ("llm_fallbacks", (7,)),
+        ("llm_url", "http://models.example.com"),
+        ("llm_url", "https://user:secret@models.example.com"),
+        ("llm_url", "https://127.0.0.1"),
+        ("llm_temperature", 2.01),
+        ("llm_temperature", float("nan")),
+        ("llm_temperature", True),
+        ("llm_max_tokens", 255),
+        ("llm_max_tokens", 4097),
+        ("llm_max_tokens", 300.0),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(field: str, value: Any) -> None:

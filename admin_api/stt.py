@@ -1,0 +1,332 @@
+"""How a tenant's assistant listens: its choices, what there is to choose from, and transcripts of audio files."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import entry_points
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from msgspec import UNSET, Meta, UnsetType
+
+from agentvoicebox.admin_api import auth, schemas, speech, voice
+from agentvoicebox.admin_api.auth import Visiting
+from agentvoicebox.admin_api.listings import View
+from agentvoicebox.admin_api.schemas import Body, UnsupportedMediaType
+from agentvoicebox.admin_api.stores import Store
+from agentvoicebox.admin_api.visits import Visit
+from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, SessionSettings
+from agentvoicebox.config.settings import Settings
+from agentvoicebox.plugins import pool
+from agentvoicebox.tenancy import voices
+from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.models import Metric
+
+router = APIRouter(prefix="/api/v2/stt", tags=["stt"])
+
+LARGEST = 25 * 1024 * 1024
+"""Bytes of an audio file."""
+LONGEST = 600.0
+"""Seconds of one."""
+PIECE = 25.0
+"""Seconds that an engine is given at once: others have their turn in between."""
+
+_AUDIO = re.compile(r"(?:audio/[a-z0-9.+-]+|application/octet-stream)\s*(?:;.*)?", re.IGNORECASE)
+_GROUPS = ("opm.stt", "mycroft.plugin.stt")
+"""Entry points under which recognisers of OVOS are found."""
+
+_FIELDS = {
+    "model": "stt_model",
+    "language": "stt_language",
+    "vad_enabled": "stt_vad",
+    "engine": "stt",
+    "fallbacks": "stt_fallbacks",
+}
+"""What `VoiceConfig` calls them."""
+
+Language = Annotated[str, Meta(pattern=f"^({voices.LANGUAGE.pattern}|auto)?$")]
+"""A BCP 47 tag, `auto` to detect it, or empty for the language that the assistant speaks."""
+Spoken = Annotated[str | None, Query(pattern=f"^({voices.LANGUAGE.pattern}|auto)$", description="A tag, or auto.")]
+Model = Literal["auto", "tiny", "base", "small", "medium", "large-v2", "large-v3"]
+Wanted = Annotated[Literal["tiny", "base", "small", "medium", "large-v2", "large-v3"] | None, Query()]
+
+
+class SttChange(Body):
+    """What is to be different about how the assistant listens."""
+
+    model: Model | UnsetType = UNSET
+    language: Language | UnsetType = UNSET
+    vad_enabled: bool | UnsetType = UNSET
+    engine: voice.Engine | UnsetType = UNSET
+    fallbacks: voice.Engines | UnsetType = UNSET
+
+
+class Compute(View):
+    """By what the node's own recogniser computes; the operator's choice."""
+
+    engine: str
+    device: str
+    compute_type: str
+
+
+class SttConfig(View):
+    """How the assistant listens. A model of `auto` is the default of the tenant's settings."""
+
+    model: str
+    language: str
+    vad_enabled: bool
+    engine: str
+    fallbacks: list[str]
+    compute: Compute | None
+    """None where this node does not listen."""
+
+
+class Ear(View):
+    """A recogniser that can be chosen."""
+
+    name: str
+    ready: bool
+    """Whether all that it needs from outside is there: a key, for those that are elsewhere."""
+
+
+class Whisper(View):
+    """A Whisper model, and what choosing it means."""
+
+    name: str
+    word_errors: float
+    """Percent of the words of read English that it misunderstands, as published."""
+    speed: float
+    """Times as fast as the large ones."""
+    size: int
+    """Bytes on disk."""
+    memory: int
+    """Bytes that it holds."""
+    installed: bool
+
+
+class Ears(View):
+    """The recognisers and models that can be chosen; models from the fastest to the most accurate."""
+
+    engines: list[Ear]
+    models: list[Whisper]
+
+
+class Segment(View):
+    """A part of a recording, in seconds from its beginning."""
+
+    start: float
+    end: float
+    text: str
+
+
+class Transcript(View):
+    """What was understood; empty when nothing was."""
+
+    text: str
+    language: str
+    confidence: float | None
+    """0 to 1, where the engine tells."""
+    audio_seconds: float
+    engine: str
+    seconds: float
+    """How long it took."""
+    segments: list[Segment]
+
+
+class Doing(View):
+    """How one recogniser does, on this node, for all of its tenants together; times are seconds.
+
+    How much others use is nobody's business: counts are for the operator alone.
+    """
+
+    engine: str
+    model: str
+    average_seconds: float | None
+    """From the question to the answer, waiting included; None before the first answer."""
+    average_audio_seconds: float | None
+    average_confidence: float | None
+    """0 to 1; None for an engine that does not tell."""
+    failure_rate: float | None
+    """0 to 1; None before the first question."""
+    requests: int | None = None
+    failures: int | None = None
+
+
+class Metrics(View):
+    """How the recognisers of this node do."""
+
+    items: list[Doing]
+
+
+_FILE = {
+    "requestBody": {
+        "required": True,
+        "description": f"WAV, MP3, FLAC or OGG at any rate, at most {LARGEST} bytes and {LONGEST:g} s.",
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in ("application/octet-stream", "audio/wav", "audio/mpeg", "audio/flac", "audio/ogg")
+        },
+    }
+}
+
+
+@router.get("", dependencies=auth.may("voice_config.view"))
+async def list_engines(request: Request, visit: Visiting, store: Store) -> Ears:
+    """The recognisers that can be chosen, and the Whisper models with what each costs and gives."""
+    from agentvoicebox.plugins import models
+
+    here = request.app.state.engines
+    own = {each.name for each in await speech.credentials(store, visit)}
+    directory = here.settings.models if here is not None else None
+    names = sorted({found.name for group in _GROUPS for found in entry_points(group=group)})
+    return Ears(
+        engines=[Ear(name="auto", ready=here is not None)]
+        + [Ear(name=name, ready=here is not None and _ready(name, own, here.settings)) for name in names],
+        models=[
+            Whisper(
+                name=each.model,
+                word_errors=each.word_errors,
+                speed=each.speed,
+                size=each.size,
+                memory=each.memory,
+                installed=directory is not None and models.installed(models.defaults(each.model)[0], directory),
+            )
+            for each in models.trade_offs()
+        ],
+    )
+
+
+@router.get("/config", dependencies=auth.may("voice_config.view"))
+async def read_stt_config(request: Request, visit: Visiting, store: Store) -> SttConfig:
+    """How the assistant listens."""
+    return _shown(request, await voices.get(store, visit.tenant_id))
+
+
+@router.patch("/config", dependencies=auth.may("tenant.configure_voice"), openapi_extra=schemas.document(SttChange))
+async def change_stt_config(request: Request, visit: Visiting, store: Store) -> SttConfig:
+    """Change some of it; sessions that begin from now on have it."""
+    changes = schemas.changes(await schemas.read(request, SttChange))
+    return _shown(request, await speech.change(store, visit, changes, _FIELDS))
+
+
+@router.post("/transcribe", dependencies=auth.may("tenant.create_session", body=LARGEST), openapi_extra=_FILE)
+async def transcribe(
+    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None
+) -> Transcript:
+    """What is said in an audio file, which is the body; metered by its length."""
+    return await _transcribe(request, visit, store, language, model)
+
+
+@router.post("/test", dependencies=auth.may("tenant.configure_voice", body=LARGEST), openapi_extra=_FILE)
+async def try_listening(
+    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None
+) -> Transcript:
+    """The same, for whoever sets the assistant up; metered as well."""
+    return await _transcribe(request, visit, store, language, model)
+
+
+@router.get("/metrics", dependencies=auth.may("voice_config.view"))
+async def read_stt_metrics(request: Request, visit: Visiting) -> Metrics:
+    """How well and how fast the recognisers of this node answer."""
+    found = [each for each in speech.engines(request).metrics() if each.kind == "stt"]
+    return Metrics(items=[_doing(each, counts=visit.operator) for each in found])
+
+
+async def _transcribe(
+    request: Request, visit: Visit, store: Database, language: str | None, model: str | None
+) -> Transcript:
+    from agentvoicebox.plugins import audio
+
+    given = request.headers.get("content-type", "")
+    if not _AUDIO.fullmatch(given):
+        raise UnsupportedMediaType(
+            "The body must be the audio file itself: send it with Content-Type: audio/wav (or audio/mpeg, audio/flac, "
+            "audio/ogg, application/octet-stream)."
+        )
+    wanted = await speech.begin(request, visit, store)
+    wanted = replace(wanted, stt_language=language or wanted.stt_language, stt_model=model or wanted.stt_model)
+    file = await schemas.received(request)
+    begun = time.monotonic()
+    pcm = await asyncio.to_thread(audio.decode, file, longest=LONGEST)
+    heard = await _heard(request, visit, wanted, await asyncio.to_thread(audio.split, pcm, PIECE))
+    return Transcript(
+        text=" ".join(piece.text for piece in heard if piece.text),
+        language=next((piece.language for piece in heard if piece.language), ""),
+        confidence=_mean([(piece.confidence, piece.audio_seconds) for piece in heard]),
+        audio_seconds=len(pcm) / BYTES_PER_SECOND,
+        engine=next((piece.engine for piece in heard if piece.engine), ""),
+        seconds=time.monotonic() - begun,
+        segments=list(_segments(heard)),
+    )
+
+
+async def _heard(request: Request, visit: Visit, wanted: SessionSettings, pieces: list[bytes]) -> list[pool.Transcript]:
+    """What is said in the pieces, one by one; what was heard is metered, also when not all of it was."""
+    engines = speech.engines(request)
+    heard: list[pool.Transcript] = []
+    try:
+        for piece in pieces:
+            if heard and await request.is_disconnected():
+                break  # nobody reads this
+            heard.append(await engines.transcribe(piece, wanted, visit.tenant_id))
+            if wanted.stt_language == "auto" and heard[0].language:
+                wanted = replace(wanted, stt_language=heard[0].language)  # found out once
+    finally:
+        used = sum(len(piece) for piece in pieces[: len(heard)]) / BYTES_PER_SECOND
+        await speech.meter(request, visit, "stt", Metric.STT_AUDIO_SECONDS, used)
+    return heard
+
+
+def _segments(heard: list[pool.Transcript]) -> Iterator[Segment]:
+    begin = 0.0
+    for piece in heard:
+        if piece.text:
+            yield Segment(start=begin, end=begin + piece.audio_seconds, text=piece.text)
+        begin += piece.audio_seconds
+
+
+def _mean(weighted: list[tuple[float | None, float]]) -> float | None:
+    known = [(value, weight) for value, weight in weighted if value is not None and weight > 0]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if known else None
+
+
+def _doing(found: pool.EngineMetrics, *, counts: bool) -> Doing:
+    requests, failures = sum(found.requests.values()), sum(found.failures.values())
+    answered = sum(each.count for each in found.seconds.values())
+    return Doing(
+        engine=found.plugin,
+        model=found.model,
+        average_seconds=sum(each.sum for each in found.seconds.values()) / answered if answered else None,
+        average_audio_seconds=found.audio.sum / found.audio.count if found.audio.count else None,
+        average_confidence=found.confidence.sum / found.confidence.count if found.confidence.count else None,
+        failure_rate=failures / requests if requests else None,
+        requests=requests if counts else None,
+        failures=failures if counts else None,
+    )
+
+
+def _ready(name: str, own: set[str], settings: Settings) -> bool:
+    """Whether somebody has a key for a recogniser that needs one."""
+    if name.endswith("-deepgram"):
+        return "deepgram" in own or bool(settings.deepgram_key)
+    if name.endswith("-openai"):
+        return "openai" in own or bool(settings.openai_key)
+    return True
+
+
+def _shown(request: Request, config: voices.VoiceConfig) -> SttConfig:
+    here = request.app.state.engines
+    compute = None
+    if here is not None:
+        told = dict(here.choice.stt.config)
+        compute = Compute(
+            engine=here.choice.stt.plugin,
+            device=str(told.get("device", "auto")),
+            compute_type=str(told.get("compute_type", "auto")),
+        )
+    return SttConfig(**{name: getattr(config, field) for name, field in _FIELDS.items()}, compute=compute)

@@ -1,0 +1,341 @@
+"""Asks language models: the first of some choices that answers is heard, retried and given up by rules.
+
+Nothing is tried again once a piece of the answer has been handed on: a listener would hear it twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Final, Protocol, TypeVar
+
+from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.plugins.breaker import Breaker
+from agentvoicebox.plugins.chat.connections import Reach
+from agentvoicebox.plugins.chat.errors import OUR_OWN_FAULT, WORTH_A_RETRY, ProviderFailed, named
+from agentvoicebox.plugins.chat.metrics import ChatMetrics, Metrics
+from agentvoicebox.plugins.chat.request import Delta, Endpoint, Request, measure
+from agentvoicebox.plugins.chat.tokens import Count, Tokens
+
+CLASSES: Final = {
+    "openai": ("openai", "OpenAI"),
+    "compatible": ("openai", "Compatible"),
+    "groq": ("groq", "Groq"),
+    "anthropic": ("anthropic", "Anthropic"),
+    "ollama": ("ollama", "Ollama"),
+}
+"""The module here and the class for each provider; imported at first use, since an SDK takes a second to import."""
+CLIENTS_KEPT: Final = 64
+"""Clients that nobody uses but that stay connected."""
+KEPT: Final = 1024
+"""Endpoints of which we remember how well they are."""
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Client(Protocol):
+    """What speaks one provider's protocol to one endpoint."""
+
+    def deltas(
+        self, model: str, request: Request, count: Count, *, temperature: float | None
+    ) -> AsyncGenerator[Delta, None]:
+        """The answer, save its end, which `count` holds; may raise anything."""
+
+    async def models(self) -> list[str]:
+        """The names of the models."""
+
+    async def close(self) -> None:
+        """Close all connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long we wait, in seconds, and how often we try one choice."""
+
+    first: float = 20.0
+    """For the first piece of the answer, in one attempt."""
+    between: float = 15.0
+    """For each further piece."""
+    begin: float = 40.0
+    """For the first piece, with all attempts and pauses."""
+    whole: float = 300.0
+    """For all of the answer."""
+    attempts: int = 3
+    pause: float = 0.25
+    """Before the second attempt; doubled before each further one, and shortened by chance by up to a half."""
+    longest_pause: float = 5.0
+    """A provider that asks us to come back later than this has failed."""
+
+
+class Answer:
+    """An answer on its way: iterate over its deltas, once, and close it (`contextlib.aclosing`) if you leave early.
+
+    `tokens` is what it has cost up to now, at any time: also after it was closed, cancelled or failed.
+    """
+
+    def __init__(self) -> None:
+        self._attempt: _Attempt | None = None
+        self._deltas: AsyncGenerator[Delta, None]
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Who answers, or was asked last; None before anybody was."""
+        return self._attempt.endpoint if self._attempt is not None else None
+
+    @property
+    def model(self) -> str:
+        """The model of `endpoint`."""
+        return self._attempt.model if self._attempt is not None else ""
+
+    @property
+    def tokens(self) -> Tokens:
+        """What was used. Of attempts that failed before anything came, nothing is counted: nobody charges for them."""
+        return self._attempt.count.tokens() if self._attempt is not None else Tokens(0, 0)
+
+    def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        return self._deltas
+
+    async def __anext__(self) -> Delta:
+        return await anext(self._deltas)
+
+    async def aclose(self) -> None:
+        """Stop: the connection to the provider is closed at once."""
+        await self._deltas.aclose()
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One request to one provider: its times, and the books that are kept of it."""
+
+    endpoint: Endpoint
+    model: str
+    request: Request
+    temperature: float | None
+    count: Count
+    breaker: Breaker
+    metrics: ChatMetrics
+    patience: Patience
+    give_up: float
+    now: Callable[[], float] = field(default_factory=lambda: asyncio.get_running_loop().time)
+    begun: bool = False
+    _start: float = 0.0
+
+    def deltas(self, client: Client) -> AsyncGenerator[Delta, None]:
+        """Send the request. An SDK that had to be imported first has not used up the provider's time."""
+        self.metrics.requests += 1
+        self._start = self.now()
+        self.count.send()
+        return client.deltas(self.model, self.request, self.count, temperature=self.temperature)
+
+    async def next(self, deltas: AsyncGenerator[Delta, None]) -> Delta | None:
+        """The next piece, or None at the end. Raises `TimeoutError`, and what the provider's client raises."""
+        if self.count.overflowing:
+            return None
+        if self.begun:
+            until = min(self.now() + self.patience.between, self._start + self.patience.whole)
+        else:
+            until = min(self._start + self.patience.first, self.give_up)
+        async with asyncio.timeout_at(until):
+            delta = await anext(deltas, None)
+        if delta is not None:
+            if not self.begun:
+                self.begun = True
+                self.metrics.first.add(self.now() - self._start)
+            self.count.said(delta.text, delta.tool_calls)
+        return delta
+
+    def ended(self) -> Delta:
+        """The answer is complete: its last delta."""
+        self.breaker.succeeded()
+        self.metrics.used(self.count.tokens())
+        self.metrics.whole.add(self.now() - self._start)
+        return Delta(finish=self.count.ending, tokens=self.count.tokens())
+
+    def failed(self, error: ProviderFailed) -> ProviderFailed | None:
+        """The provider has failed, unless it had told the end already: what goes wrong after that is no matter."""
+        if self.count.finish is not None:
+            return None
+        (self.breaker.undecided if error.code in OUR_OWN_FAULT else self.breaker.failed)()
+        self.metrics.failures[error.code] += 1
+        if not self.begun:
+            self.count.unsend()
+        error.tokens = self.count.tokens()
+        self.metrics.used(error.tokens)
+        return error
+
+    def abandoned(self) -> None:
+        """Nobody listens any more."""
+        (self.breaker.succeeded if self.begun else self.breaker.undecided)()
+        self.metrics.used(self.count.tokens())
+
+    def refused(self) -> None:
+        """Nothing was sent."""
+        self.count.unsend()
+        self.breaker.undecided()
+
+
+@dataclass(slots=True)
+class _Kept:
+    client: Client
+    users: int = 0
+
+
+class Chats:
+    """All language models that this process talks to; for one event loop."""
+
+    def __init__(self, patience: Patience | None = None, reach: Reach | None = None) -> None:
+        self._patience = patience or Patience()
+        self._reach = reach or Reach()
+        self._kept: OrderedDict[Endpoint, _Kept] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._breakers: OrderedDict[Endpoint, Breaker] = OrderedDict()
+        self._temperate: OrderedDict[tuple[Endpoint, str], None] = OrderedDict()
+        self._metrics = Metrics()
+
+    def stream(self, choices: Sequence[tuple[Endpoint, str]], request: Request) -> Answer:
+        """Ask the first of `choices` (endpoint and model); the next ones if it does not begin to answer.
+
+        The last delta has `finish` and `tokens`. Raises here `BadInput` (prompt_too_long, messages_invalid,
+        parameter_invalid), and while iterating `ProviderFailed` or, when all choices are left alone because they kept
+        failing, `Unavailable` (circuit_open); or, without choices, `Unavailable` (no_provider). These and
+        `CancelledError` have the attribute `tokens`, which is also that of the answer.
+        """
+        answer = Answer()
+        answer._deltas = self._stream(choices, request, measure(request), answer)
+        return answer
+
+    async def models(self, endpoint: Endpoint) -> list[str]:
+        """The models that `endpoint` offers, sorted. Raises `ProviderFailed`."""
+        failure: ProviderFailed
+        try:
+            async with asyncio.timeout(self._patience.first), self._client(endpoint) as client:
+                return sorted(await client.models())
+        except Exception as error:
+            failure = named(error)
+        raise failure  # out here, so that it does not carry the other one along
+
+    def metrics(self) -> list[ChatMetrics]:
+        """What was asked, by provider and model."""
+        return self._metrics.all()
+
+    async def close(self) -> None:
+        """Close all connections. Answers on their way fail."""
+        kept, self._kept = self._kept, OrderedDict()
+        await asyncio.gather(*self._closing, *(each.client.close() for each in kept.values()))
+
+    async def _stream(
+        self, choices: Sequence[tuple[Endpoint, str]], request: Request, size: int, answer: Answer
+    ) -> AsyncGenerator[Delta, None]:
+        give_up = asyncio.get_running_loop().time() + self._patience.begin
+        failure: AvbError = Unavailable("No language model is configured; choose one.", code="no_provider")
+        for endpoint, model in choices:
+            for number in range(1, self._patience.attempts + 1):
+                attempt = self._attempt(endpoint, model, size, request, give_up)
+                try:
+                    attempt.breaker.admit()
+                except Unavailable as error:
+                    failure = error
+                    break
+                answer._attempt = attempt
+                failed: ProviderFailed | None = None
+                try:
+                    async with self._client(endpoint) as client, aclosing(attempt.deltas(client)) as deltas:
+                        while (delta := await attempt.next(deltas)) is not None:
+                            yield delta
+                except (asyncio.CancelledError, GeneratorExit) as error:
+                    attempt.abandoned()
+                    error.tokens = attempt.count.tokens()  # type: ignore[union-attr]
+                    raise
+                except BadInput:  # it could not be translated for this provider
+                    attempt.refused()
+                    raise
+                except Exception as error:
+                    failed = attempt.failed(named(error))
+                if failed is None:
+                    yield attempt.ended()
+                    return
+                if attempt.begun:
+                    raise failed
+                failure = failed
+                if failed.about == "temperature" and attempt.temperature is not None:
+                    _remember(self._temperate, (endpoint, model), None)  # some models know only their own
+                    continue
+                pause = self._pause(failed, number)
+                if pause is None or number == self._patience.attempts or attempt.now() + pause >= give_up:
+                    break
+                await asyncio.sleep(pause)
+        failure.tokens = Tokens(0, 0)  # type: ignore[attr-defined]
+        raise failure
+
+    def _attempt(self, endpoint: Endpoint, model: str, size: int, request: Request, give_up: float) -> _Attempt:
+        return _Attempt(
+            endpoint,
+            model,
+            request,
+            None if (endpoint, model) in self._temperate else request.temperature,
+            Count(size, request.max_tokens),
+            self._breakers.get(endpoint) or _remember(self._breakers, endpoint, Breaker()),
+            self._metrics.of(endpoint.provider, model),
+            self._patience,
+            give_up,
+        )
+
+    def _pause(self, failed: ProviderFailed, attempt: int) -> float | None:
+        """Seconds until the next attempt with the same choice, or None when there should be none."""
+        if failed.code not in WORTH_A_RETRY:
+            return None
+        if failed.retry_after is not None:
+            return failed.retry_after if failed.retry_after <= self._patience.longest_pause else None
+        whole = min(self._patience.pause * 2.0 ** (attempt - 1), self._patience.longest_pause)
+        return whole * random.uniform(0.5, 1)  # noqa: S311  (chance, not a secret)
+
+    @asynccontextmanager
+    async def _client(self, endpoint: Endpoint) -> AsyncGenerator[Client, None]:
+        """The client for `endpoint`, which is not closed while it is used."""
+        kept = self._kept.get(endpoint)
+        if kept is None:
+            make = await asyncio.to_thread(_load, endpoint.provider)
+            if self._reach.tls is None:  # once for all: reading the world's certificates takes long
+                self._reach = replace(self._reach, tls=await asyncio.to_thread(_certificates))
+            # Another task may have been faster.
+            kept = self._kept.get(endpoint) or self._kept.setdefault(endpoint, _Kept(make(endpoint, self._reach)))
+            self._make_room()
+        self._kept.move_to_end(endpoint)
+        kept.users += 1
+        try:
+            yield kept.client
+        finally:
+            kept.users -= 1
+
+    def _make_room(self) -> None:
+        """Close clients that nobody has used for the longest time and nobody uses now."""
+        for endpoint in [each for each, kept in self._kept.items() if not kept.users][: -CLIENTS_KEPT or None]:
+            task = asyncio.create_task(self._kept.pop(endpoint).client.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+def _load(provider: str) -> Callable[[Endpoint, Reach], Client]:
+    module, name = CLASSES[provider]
+    found: Callable[[Endpoint, Reach], Client] = getattr(import_module(f"agentvoicebox.plugins.chat.{module}"), name)
+    return found
+
+
+def _certificates() -> ssl.SSLContext:
+    import httpx
+
+    return httpx.create_ssl_context()
+
+
+def _remember(known: OrderedDict[K, V], key: K, value: V) -> V:
+    """Keep `value`, and the latest of the others."""
+    known[key] = value
+    if len(known) > KEPT:
+        known.popitem(last=False)
+    return value
