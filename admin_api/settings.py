@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from msgspec import UNSET, Meta, UnsetType
 
-from agentvoicebox.admin_api import auth, schemas
+from agentvoicebox.admin_api import auth, schemas, speech
 from agentvoicebox.admin_api.auth import Visiting
 from agentvoicebox.admin_api.listings import View
 from agentvoicebox.admin_api.schemas import Body
@@ -96,6 +96,7 @@ async def change_settings(request: Request, visit: Visiting, store: Store) -> Se
     """Change some settings; keys carry them within a second."""
     changes = schemas.changes(await schemas.read(request, SettingsChange))
     changed = await settings.patch(store, visit.tenant_id, changes, caller_ip=visit.lockable_ip)
+    speech.forget(request, visit)
     return Settings.model_validate(changed)
 
 
@@ -104,4 +105,6 @@ async def change_settings(request: Request, visit: Visiting, store: Store) -> Se
 async def replace_settings(request: Request, visit: Visiting, store: Store) -> Settings:
     """Replace all settings."""
     wanted = settings.Settings(**msgspec.structs.asdict(await schemas.read(request, AllSettings)))
-    return Settings.model_validate(await settings.put(store, visit.tenant_id, wanted, caller_ip=visit.lockable_ip))
+    replaced = await settings.put(store, visit.tenant_id, wanted, caller_ip=visit.lockable_ip)
+    speech.forget(request, visit)
+    return Settings.model_validate(replaced)

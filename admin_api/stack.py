@@ -27,7 +27,6 @@ from agentvoicebox.bus_bridge.books import Books
 from agentvoicebox.bus_bridge.bus import Bus
 from agentvoicebox.bus_bridge.cells import Cell
 from agentvoicebox.bus_bridge.chat import CellDoor, ChatDoor
-from agentvoicebox.bus_bridge.credentials import Credentials
 from agentvoicebox.bus_bridge.door import Door
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.gateway import Cells, Gateway
@@ -74,8 +73,11 @@ class Stack:
     gateway: Gateway
     limiter: Limiter
     engines: Engines
+    _ledger: Ledger
+    _books: Books
     _keys: MasterKeys
     _solvers: Solvers
+    _answers: Answers
     postgres: Postgres | None = None
     operator_key_made = False
     """Whether this is the first start, and the operator has not seen the key yet."""
@@ -91,7 +93,7 @@ class Stack:
         self._socket: socket.socket | None = None
         self._inside: socket.socket | None = None
         """Where cells ask the node; nobody else reaches it."""
-        self._cell_key = secrets.token_urlsafe(32)
+        self._cell_keys: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -129,6 +131,7 @@ class Stack:
         try:
             await asyncio.sleep(0)  # let them begin before the store holds the loop
             await self._open_store()
+            self._open_books()
             await self._load_engines()
             buses = dict(await asyncio.gather(*starting))
         except BaseException:
@@ -141,7 +144,8 @@ class Stack:
     async def _start_cell(self, name: str) -> tuple[str, Bus]:
         assert self._inside is not None
         port = self._inside.getsockname()[1]
-        node = ovos.Node(f"http://{ovos.HOST}:{port}/v1", self._cell_key)
+        self._cell_keys[name] = secrets.token_urlsafe(32)
+        node = ovos.Node(f"http://{ovos.HOST}:{port}/v1", self._cell_keys[name])
         cell = self.cells[name] = Cell(name, self.settings.data / "cells" / name, self.settings.languages, node=node)
         self._exit.push_async_callback(cell.stop)
         await cell.start(self._tell)
@@ -170,6 +174,23 @@ class Stack:
         if self.postgres is not None:  # which nobody else serves
             await sessions.close_stale(self.database, "node_restarted")
 
+    def _open_books(self) -> None:
+        """What is used is written down, and whoever answers what no skill does is found."""
+        settings = self.settings
+        self._ledger = Ledger(self.database)
+        self._exit.push_async_callback(self._ledger.close)
+        self._books = Books(self.database, self._ledger)
+        self._exit.push_async_callback(self._books.close)
+        given = settings.secrets_keys
+        self._keys = EnvironmentKeys(given) if given is not None else FileKeys(settings.data / "master.keys")
+        chats = Chats()
+        self._exit.push_async_callback(chats.close)
+        self._solvers = Solvers()
+        self._exit.callback(self._solvers.close)
+        self._answers = Answers(
+            self.database, self._keys, chats, self._solvers, self._ledger, settings, spent=self._books.count
+        )
+
     async def _load_engines(self) -> None:
         settings = self.settings
         if settings.engine == "auto":
@@ -183,9 +204,7 @@ class Stack:
             self._exit.push_async_callback(runner.close)
         pool = Pool(memory=settings.speech_memory * 2**20, spoken=Spoken(), runner=runner)
         self._exit.callback(pool.close)
-        given = settings.secrets_keys
-        self._keys = EnvironmentKeys(given) if given is not None else FileKeys(settings.data / "master.keys")
-        self.engines = Engines(pool, choice, settings, Credentials(self.database, self._keys).get)
+        self.engines = Engines(pool, choice, settings, self._answers.key_of)
         await self.engines.load()
         await asyncio.to_thread(vad.warm, settings.vad)
 
@@ -213,12 +232,8 @@ class Stack:
         self._exit.push_async_callback(keyring.close)
         shared, limiter = await self._share()
         self.limiter = limiter
-        ledger = Ledger(self.database)
-        self._exit.push_async_callback(ledger.close)
-        books = Books(self.database, ledger)
-        self._exit.push_async_callback(books.close)
         door = Door(self.settings, keyring, limiter)
-        answers = self._answers(ledger)
+        ledger, books, answers = self._ledger, self._books, self._answers
         self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, answers, books)
         operator, self.operator_key_made = keys.operator_key(self.settings.data)
         rest = app.create(
@@ -239,7 +254,7 @@ class Stack:
         self._keep_house(ledger)
         assert self._inside is not None
         assert self._socket is not None
-        inside = _Server(loopback(CellDoor(answers, self._cell_key, buses.turn)))
+        inside = _Server(loopback(CellDoor(answers, {self._cell_keys[name]: bus.turn for name, bus in buses.buses.items()})))
         asking = asyncio.create_task(inside.serve(sockets=[self._inside]))
         self._exit.push_async_callback(_ended, inside, asking)
         await _started(inside, asking)
@@ -247,14 +262,6 @@ class Stack:
         self._serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         self._exit.push_async_callback(self._close_door, server)
         await _started(server, self._serving)
-
-    def _answers(self, ledger: Ledger) -> Answers:
-        """Who answers what no skill does."""
-        chats = Chats()
-        self._exit.push_async_callback(chats.close)
-        self._solvers = Solvers()
-        self._exit.callback(self._solvers.close)
-        return Answers(self.database, self._keys, chats, self._solvers, ledger, self.settings)
 
     async def _share(self) -> tuple[SharedState, Limiter]:
         """What this node shares with others, if there are any."""

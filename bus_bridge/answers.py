@@ -10,13 +10,14 @@ end. Nothing of what is asked or answered is kept or logged here.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -46,8 +47,8 @@ FRESH = 2.0
 """Seconds for which what a tenant has chosen is remembered; `Answers.forget` ends that at once."""
 
 MODELS = {
-    "openai": "gpt-4o-mini",
-    "anthropic": "claude-3-5-haiku-latest",
+    "openai": "gpt-5.4-mini",
+    "anthropic": "claude-haiku-5-5",
     "groq": "llama-3.1-8b-instant",
     "ollama": "llama3.1",
 }
@@ -134,6 +135,14 @@ class _House(NamedTuple):
     """The providers for which it has keys of its own."""
 
 
+Spent = Callable[[uuid.UUID, uuid.UUID, int, int], None]
+"""Told of tenant, session, and the tokens that a model has read and written for it."""
+
+
+def _nothing(tenant_id: uuid.UUID, session_id: uuid.UUID, input_tokens: int, output_tokens: int) -> None:
+    """Nobody keeps count."""
+
+
 class Answers:
     """Gives answers to the tenants of one node."""
 
@@ -145,7 +154,11 @@ class Answers:
         solvers: Solvers,
         ledger: Ledger,
         settings: Settings,
+        *,
+        spent: Spent = _nothing,
     ) -> None:
+        """`spent` is told what a session has used, once that is in the ledger."""
+        self._spent = spent
         self._database = database
         self._keys = keys
         self._chats = chats
@@ -245,6 +258,10 @@ class Answers:
         }
         key, url = ours.get(provider, (None, None))
         return Endpoint(provider, key=key, url=url or "") if key else None
+
+    async def key_of(self, tenant_id: uuid.UUID, kind: str, name: str) -> str | None:
+        """The tenant's own secret, or None; as old as `FRESH` at most. Raises `Unavailable`."""
+        return await self._recent.get(tenant_id, ("secret", kind, name), lambda: self._secret(tenant_id, kind, name))
 
     async def _secret(self, tenant_id: uuid.UUID, kind: str, name: str) -> str | None:
         try:
@@ -424,6 +441,8 @@ class Answers:
                 if count > 0
             ]
         )
+        if who.session_id is not None:
+            self._spent(who.tenant_id, who.session_id, tokens.input, tokens.output)
 
     async def _solve(self, who: Who, solver: str, question: str) -> str | None:
         """What a solver plugin knows. One that fails knows nothing."""
@@ -439,12 +458,17 @@ class Answers:
             return None
 
 
+_Readings = dict[Hashable, tuple[float, Any]]
+"""What was read, and until when it counts."""
+
+
 class _Recent:
     """What has been read of tenants lately."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._held: OrderedDict[uuid.UUID, dict[Hashable, tuple[float, Any]]] = OrderedDict()
+        self._held: OrderedDict[uuid.UUID, _Readings] = OrderedDict()
+        self._renewing: dict[tuple[uuid.UUID, Hashable], asyncio.Task[None]] = {}
 
     async def get(self, tenant_id: uuid.UUID, what: Hashable, read: Callable[[], Awaitable[Value]]) -> Value:
         """What `read` returns, or has returned a moment ago. Raises what it raises."""
@@ -455,8 +479,21 @@ class _Recent:
                 self._held.popitem(last=False)
         now = time.monotonic()
         found = held.get(what)
-        if found is not None and now < found[0]:
-            return cast("Value", found[1])
+        if found is None or now >= found[0]:
+            return await self._read(held, what, read)
+        about = (tenant_id, what)
+        if now > found[0] - self._seconds / 2 and about not in self._renewing:
+            # Read anew beside the answer, so that of many questions none has to wait for it.
+            task = self._renewing[about] = asyncio.create_task(self._renew(held, what, read))
+            task.add_done_callback(lambda _: self._renewing.pop(about))
+        return cast("Value", found[1])
+
+    async def _renew(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> None:
+        with suppress(AvbError):  # of which whoever needs it is told, when this is too old
+            await self._read(held, what, read)
+
+    async def _read(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> Value:
+        now = time.monotonic()
         value = await read()
         if len(held) >= _MOST_OF_A_TENANT:
             held.clear()

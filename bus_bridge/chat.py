@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
@@ -209,13 +209,13 @@ class ChatDoor:
 class CellDoor:
     """The ASGI application for the persona plugin in cells: it names a turn in flight, all else is known here.
 
-    The cells' key opens this and nothing else, and no other key opens it.
+    `cells` has for each cell's key what finds the turns in flight in that cell: no cell can name another's. These keys
+    open this and nothing else, and no other key opens it.
     """
 
-    def __init__(self, answers: Answers, key: str, turn: Callable[[str], Line | None]) -> None:
+    def __init__(self, answers: Answers, cells: Mapping[str, Callable[[str], Line | None]]) -> None:
         self._answers = answers
-        self._key = key
-        self._turn = turn
+        self._cells = cells
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
@@ -226,13 +226,14 @@ class CellDoor:
     async def _serve(self, scope: Scope, call: _Call) -> None:
         given = dict(scope["headers"])
         kind, _, key = given.get(b"authorization", b"").decode("latin-1").partition(" ")
-        if kind.lower() != "bearer" or not keys.same_key(key.strip(), self._key):
+        found = [turn for known, turn in self._cells.items() if keys.same_key(key.strip(), known)]
+        if kind.lower() != "bearer" or not found:
             raise Refused("Only the cells of this node may ask here.")
         if scope["path"] != COMPLETIONS:
             raise NotFound(f"There is nothing here but {COMPLETIONS}.")
         _check_method(scope["method"], "POST")
         turn_id = given.get(b"x-avb-turn", b"").decode("latin-1")
-        line = self._turn(turn_id) if _TURN.fullmatch(turn_id) else None
+        line = found[0](turn_id) if _TURN.fullmatch(turn_id) else None
         talk = line.talk if line is not None else None
         if line is None or not isinstance(talk, Talk):
             raise NotFound("There is no such turn, or nobody waits for its answer.", code="turn_not_found")

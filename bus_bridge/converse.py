@@ -44,7 +44,8 @@ class Conversation:
         key = f"avb:{self.session_id}:{wanted.turn_id}"
         who = Who(self.tenant_id, talk.project_id, self.session_id, key, settings.language)
         persona = await self.answers.persona(self.tenant_id, talk.project_id, talk.persona)
-        sentences, calls = Sentences(settings.language), _Pieces()
+        voice = _Aloud(settings.language) if settings.speaks else _Written()
+        calls = _Pieces()
         said = self.answers.stream(
             who,
             persona,
@@ -54,9 +55,11 @@ class Conversation:
         )
         async with aclosing(said):
             async for delta in said:
-                self._say(sentences.feed(delta.text) if delta.text else [], wanted.turn_id, settings, tell)
+                for text in voice.feed(delta.text):
+                    tell(ev.Spoke(wanted.turn_id, text))
                 calls.add(delta.tool_calls or [])
-        self._say(sentences.end(), wanted.turn_id, settings, tell)
+        for text in voice.end():
+            tell(ev.Spoke(wanted.turn_id, text))
         for call in calls.whole():
             tell(ev.Called(wanted.turn_id, call))
         tell(ev.Handled(wanted.turn_id))
@@ -73,11 +76,39 @@ class Conversation:
             self.talk.note(self.calls.question, ended.text)
             self.calls.end()
 
-    @staticmethod
-    def _say(sentences: list[str], turn_id: str, settings: SessionSettings, tell: Tell) -> None:
-        for sentence in sentences:
-            if text := speakable(sentence) if settings.speaks else sentence:
-                tell(ev.Spoke(turn_id, text))
+
+class _Aloud:
+    """An answer to listen to, sentence by sentence, without what cannot be said."""
+
+    def __init__(self, language: str) -> None:
+        self._sentences = Sentences(language)
+
+    def feed(self, text: str) -> list[str]:
+        """What can be said now."""
+        return [said for sentence in self._sentences.feed(text) if (said := speakable(sentence))]
+
+    def end(self) -> list[str]:
+        """What is left to say."""
+        return [said for sentence in self._sentences.end() if (said := speakable(sentence))]
+
+
+class _Written:
+    """An answer to read: paragraph by paragraph, with its marks and code as the model wrote them."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def feed(self, text: str) -> list[str]:
+        """What is complete now; nothing within a block of code."""
+        self._text += text
+        if self._text.count("```") % 2:
+            return []
+        done, mark, self._text = self._text.rpartition("\n\n")
+        return [done + mark] if done.strip() else []
+
+    def end(self) -> list[str]:
+        """What is left."""
+        return [self._text] if self._text.strip() else []
 
 
 class _Pieces:

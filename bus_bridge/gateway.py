@@ -72,10 +72,6 @@ class Cells:
 
     buses: dict[str, Bus]
 
-    def turn(self, turn_id: str) -> Line | None:
-        """The line of a turn that is being answered, whichever cell does that."""
-        return next((line for bus in self.buses.values() if (line := bus.turn(turn_id)) is not None), None)
-
     def of(self, tenant_id: str) -> Bus:
         """Rendezvous hashing: only the tenants of a cell that comes or goes move."""
         return self.buses[max(self.buses, key=lambda name: hash_of(name, tenant_id))]
@@ -87,6 +83,11 @@ def manner(persona: Persona, languages: Sequence[str]) -> dict[str, Any]:
     if persona.language in languages:
         spoken["language"] = persona.language
     return {name: value for name, value in spoken.items() if value}
+
+
+def _name(persona: Persona | None, voice: voices.VoiceConfig) -> str:
+    """How whoever answers is called."""
+    return persona.name if persona is not None else voice.persona_name
 
 
 def hash_of(name: str, tenant_id: str) -> int:
@@ -320,7 +321,7 @@ class Gateway:
         line = Line(
             str(call.session_id),
             tenant_id,
-            context={"tenant_name": grant.tenant_name, "persona_name": call.voice.persona_name},
+            context={"tenant_name": grant.tenant_name, "persona_name": _name(call.persona, call.voice)},
             disabled_skills=call.voice.disabled_skills,
         )
         if call.persona is not None:
@@ -347,7 +348,15 @@ class Gateway:
             outbox=Outbox(call.send, extensions.get(FRAMES), extensions.get(ABORT), self._spawn),
             spawn=self._spawn,
         )
-        talk.on_switch = partial(self._switched, connection, self._settings(call.voice, grant, None))
+        own = self._settings(call.voice, grant, None)
+
+        def switched(persona: Persona | None) -> None:
+            """The user talks to somebody else now, in whose name and voice the answers come."""
+            line.context["persona_name"] = _name(persona, call.voice)
+            spoken = manner(persona, self.settings.languages) if persona is not None else {}
+            connection.hear(SettingsWanted({"voice": own.voice, "speed": own.speed, "language": own.language} | spoken))
+
+        talk.on_switch = switched
         visit = Visit(call.session_id, connection, call.credential, grant)
         with self.live.visiting(visit):
             # The key may have been revoked while the session was prepared, when nobody could be told.
@@ -355,11 +364,6 @@ class Gateway:
             if self._closing:
                 connection.close(RESTARTING, "restarting")
             return await connection.run(), visit.reason
-
-    def _switched(self, connection: Connection, own: SessionSettings, persona: Persona | None) -> None:
-        """The user talks to somebody else now, in whose voice the answers come; `own` is how the tenant's begin."""
-        spoken = manner(persona, self.settings.languages) if persona is not None else {}
-        connection.hear(SettingsWanted({"voice": own.voice, "speed": own.speed, "language": own.language} | spoken))
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

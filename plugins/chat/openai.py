@@ -86,25 +86,26 @@ class OpenAIShaped:
         self, model: str, request: Request, count: Count, *, temperature: float | None
     ) -> AsyncGenerator[Delta, None]:
         """The answer as it comes; `count` learns what it costs and how it ended. Raises errors of many kinds."""
-        asked: dict[str, Any] = {self.limit: request.max_tokens, **self.more}
+        # Beside the SDK's own arguments, which it looks through member by member, for longer than the rest takes.
+        body: dict[str, Any] = {"messages": request.messages, self.limit: request.max_tokens, **self.more}
         if temperature is not None:
-            asked["temperature"] = temperature
+            body["temperature"] = temperature
         if request.tools:
-            asked["tools"] = request.tools
+            body["tools"] = request.tools
             if request.tool_choice is not None:
-                asked["tool_choice"] = request.tool_choice
+                body["tool_choice"] = request.tool_choice
         if request.user:
-            asked["user"] = request.user
+            body["user"] = request.user
         create = self._client.chat.completions.with_streaming_response.create
-        async with create(model=model, messages=request.messages, stream=True, **asked) as response:
+        async with create(model=model, messages=[], stream=True, extra_body=body) as response:
             expect(response.headers)
             lines = Lines()
-            async with aclosing(response.iter_bytes()) as body:
-                async for data in body:
+            async with aclosing(response.iter_bytes()) as content:
+                async for data in content:
                     for line in lines.feed(data):
                         if line == b"[DONE]":
                             count.finish = count.finish or "stop"
-                            await drain(body)
+                            await drain(content)
                             return
                         if (delta := self._delta(line, count)) is not None:
                             yield delta

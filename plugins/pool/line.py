@@ -94,6 +94,8 @@ class Line:
         self._queue: Queue[_AnyJob] = Queue()
         self._works: set[asyncio.Task[None]] = set()
         self._answered = 0
+        self._starting = False
+        """Whether the places are looked at in the next round of the loop."""
 
     @property
     def busy(self) -> bool:
@@ -158,6 +160,13 @@ class Line:
             raise closing()
         tentative = isinstance(job, _Hearing) and job.heard.tentative
         (self._queue.tentative if tentative else self._queue.certain).add(job.tenant, job)
+        if not self._starting:
+            # In the next round of the loop: those who were answered together ask again together, and so share a call.
+            self._starting = True
+            asyncio.get_running_loop().call_soon(self._start_soon)
+
+    def _start_soon(self) -> None:
+        self._starting = False
         self.start()
         if self._queue.certain:
             # What somebody may be about to say is old by the time that all these have been answered.

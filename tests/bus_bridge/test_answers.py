@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agentvoicebox.bus_bridge.answers import MODELS, Answers, Who
+from agentvoicebox.bus_bridge.answers import MODELS, Answers, Who, _Recent
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.config import settings
 from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Unavailable
@@ -202,11 +202,35 @@ async def test_one_is_asked_for_by_id_or_name_and_no_other_stands_in(shop: Shop,
 
 
 async def test_choices_are_remembered_for_a_moment_unless_they_are_forgotten(shop: Shop, answers: Answers):
-    assert await answers.models(shop.tenant.id) == ["openai/gpt-4o-mini"]
+    assert await answers.models(shop.tenant.id) == ["openai/gpt-5.4-mini"]
     await voices.put(shop.store, shop.tenant.id, VoiceConfig(llm_provider="openai", llm_model="gpt-4o"))
-    assert await answers.models(shop.tenant.id) == ["openai/gpt-4o-mini"]
+    assert await answers.models(shop.tenant.id) == ["openai/gpt-5.4-mini"]
     answers.forget(shop.tenant.id)
     assert await answers.models(shop.tenant.id) == ["openai/gpt-4o"]
+
+
+async def test_choices_that_age_are_read_anew_beside_the_answer():
+    recent = _Recent(1_000_000.0)
+    tenant_id = uuid.uuid4()
+    numbers = itertools.count()
+    may_read = asyncio.Event()
+
+    async def read() -> int:
+        if number := next(numbers):
+            await may_read.wait()
+        return number
+
+    assert await recent.get(tenant_id, "what", read) == 0
+    held = recent._held[tenant_id]
+    held["what"] = (held["what"][0] - 600_000.0, 0)
+    assert [await recent.get(tenant_id, "what", read) for _ in range(3)] == [0, 0, 0]
+    renewing = list(recent._renewing.values())
+    assert len(renewing) == 1
+    may_read.set()
+    await asyncio.wait(renewing)
+    assert await recent.get(tenant_id, "what", read) == 1
+    recent.forget(tenant_id)
+    assert await recent.get(tenant_id, "what", read) == 2
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -265,7 +289,7 @@ async def test_solvers_are_asked_in_order_until_one_answers(shop: Shop, answers:
     shop.known.facts = {"wolfram": Unavailable("It hangs.", code="solver_timeout")}
     assert await said(answers.stream(shop.who(), ada, QUESTION)) == "Hello there."
     answer = await answers.complete(shop.who(), ada, QUESTION)
-    assert (answer.text, answer.provider, answer.model) == ("Hello there.", "openai", "gpt-4o-mini")
+    assert (answer.text, answer.provider, answer.model) == ("Hello there.", "openai", "gpt-5.4-mini")
     assert answer.tokens == Tokens(7, 3)
 
 

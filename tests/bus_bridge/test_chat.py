@@ -37,6 +37,7 @@ from agentvoicebox.tenancy.personas import Character
 from agentvoicebox.tenancy.voices import VoiceConfig
 
 CELL = "cell-key"
+OTHER_CELL = "other-cell-key"
 QUESTION = [{"role": "user", "content": "what is a quasar"}]
 ASKED = {"messages": QUESTION}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -113,7 +114,7 @@ async def site(store: Any, language_model: Any, tmp_path: Path) -> AsyncIterator
     answers = Answers(store, FileKeys(tmp_path / "master.keys"), chats, solvers, ledger, chosen)
     site = Site(store, tenant.id, issued.key, answers, ledger, limiter)
     door = ChatDoor(Door(chosen, keyring, limiter), answers, ledger)
-    async with Server(door) as outside, Server(CellDoor(answers, CELL, site.lines.get)) as inside:
+    async with Server(door) as outside, Server(CellDoor(answers, {CELL: site.lines.get, OTHER_CELL: {}.get})) as inside:
         site.url, site.cells = outside.url, inside.url
         yield site
     await chats.close()
@@ -197,7 +198,7 @@ async def test_tools_are_called(client: AsyncOpenAI, language_model: Any):
 async def test_models_are_listed_and_can_be_asked(client: AsyncOpenAI, site: Site, language_model: Any):
     ada = await personas.create(site.store, site.tenant_id, Character(name="Ada Lovelace", system_prompt="You count."))
     names = [model.id async for model in client.models.list()]
-    assert names == ["default", "persona:Ada Lovelace", "openai/gpt-4o-mini"]
+    assert names == ["default", "persona:Ada Lovelace", "openai/gpt-5.4-mini"]
     assert (await client.models.retrieve("default")).id == "default"
     for name in (names[1], f"persona:{ada.id}", "persona:ada lovelace"):
         await client.chat.completions.create(model=name, messages=QUESTION)
@@ -442,7 +443,7 @@ async def asked_directly(site: Site, send: Any) -> None:
             return message
         await asyncio.Event().wait()
 
-    await CellDoor(site.answers, CELL, site.lines.get)(scope, receive, send)
+    await CellDoor(site.answers, {CELL: site.lines.get})(scope, receive, send)
 
 
 def line(site: Site, tenant_id: uuid.UUID | None = None) -> Line:
@@ -487,6 +488,7 @@ async def test_a_cells_key_opens_turns_in_flight_and_nothing_else(site: Site, la
         assert await refusal("turn_1", key) == (401, "invalid_api_key")
     for turn_id in ("turn_2", "", "deaf", "x" * 100):
         assert await refusal(turn_id) == (404, "turn_not_found")
+    assert await refusal("turn_1", OTHER_CELL) == (404, "turn_not_found"), "it is in flight, but in another cell"
     assert await refusal("turn_1", path="/v1/models") == (404, "not_found")
     for content in (None, 5, "a" * 10_001):
         body = {"messages": [{"role": "user", "content": content}]}

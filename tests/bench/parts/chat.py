@@ -203,13 +203,16 @@ async def _provide() -> None:
 
 
 async def _answer_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    loop = asyncio.get_running_loop()
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]))
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+            begin = loop.time()
             for number in range(PIECES):
-                await asyncio.sleep(PAUSE)
+                # At fixed times: a model is not slower because its reader shares our processors.
+                await asyncio.sleep(begin + (number + 1) * PAUSE - loop.time())
                 writer.write(_chunk(_EVENT % (b'{"content":"word %d "}' % number, b"null")))
             writer.write(_chunk(_EVENT % (b"{}", b'"stop"') + _END) + b"0\r\n\r\n")
     except (asyncio.IncompleteReadError, ConnectionError):
