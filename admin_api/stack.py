@@ -254,7 +254,8 @@ class Stack:
         self._keep_house(ledger)
         assert self._inside is not None
         assert self._socket is not None
-        inside = _Server(loopback(CellDoor(answers, {self._cell_keys[name]: bus.turn for name, bus in buses.buses.items()})))
+        turns = {self._cell_keys[name]: bus.turn for name, bus in buses.buses.items()}
+        inside = _Server(loopback(CellDoor(answers, turns)))
         asking = asyncio.create_task(inside.serve(sockets=[self._inside]))
         self._exit.push_async_callback(_ended, inside, asking)
         await _started(inside, asking)
