@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -17,7 +18,10 @@ from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
 from agentvoicebox.admin_api.visits import Visit
 from agentvoicebox.bus_bridge.answers import MODELS, Who
+from agentvoicebox.bus_bridge.chat import unless_gone
 from agentvoicebox.config.errors import BadInput, NotFound, Unavailable
+from agentvoicebox.plugins.chat import ChatMetrics, Endpoint
+from agentvoicebox.plugins.chat.metrics import Durations
 from agentvoicebox.tenancy import audit, secrets, settings, voices
 from agentvoicebox.tenancy.models import Persona
 
@@ -31,16 +35,19 @@ TEMPERATURE = (
 _FIELDS = {name: f"llm_{name}" for name in ("provider", "model", "temperature", "max_tokens", "url", "fallbacks")}
 """What `VoiceConfig` calls them."""
 _LONGEST_KEY = 500
+_SHORTEST_KEY = 8
+_END = r"$(?!\n)"
+"""Also where `$` would put up with a line's end after it."""
 _LISTENERS = ("deepgram",)
 """Providers that listen; their keys are kept beside those of language models."""
 _CONVERSATION = 256 * 1024
 """Bytes of a body that holds one."""
 
 Provider = Literal["auto", "openai", "anthropic", "groq", "ollama", "compatible"]
-Model = Annotated[str, Meta(pattern=f"^{voices.MODEL.pattern}$")]
+Model = Annotated[str, Meta(pattern=f"^{voices.MODEL.pattern}{_END}")]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Tokens = Annotated[int, Meta(ge=256, le=4096)]
-Choice = Annotated[str, Meta(pattern=f"^({'|'.join(voices.PROVIDERS)})/{voices.MODEL.pattern}$")]
+Choice = Annotated[str, Meta(pattern=f"^({'|'.join(voices.PROVIDERS)})/{voices.MODEL.pattern}{_END}")]
 """As `provider/model`."""
 Fallbacks = Annotated[list[Choice], Meta(max_length=voices.MOST_FALLBACKS)]
 """Who is asked when the first fails, in this order."""
@@ -106,9 +113,9 @@ class Credentials(View):
 
 
 class NewCredential(Body):
-    """A key with a provider; it is never shown again."""
+    """A key with a provider; it is never shown again. Blanks and line ends around it are not kept."""
 
-    api_key: Annotated[str, Meta(min_length=8, max_length=_LONGEST_KEY, pattern=r"^[ -~]+$")]
+    api_key: Annotated[str, Meta(max_length=_LONGEST_KEY, pattern=rf"^\s*[!-~][ -~]{{{_SHORTEST_KEY - 2},}}[!-~]\s*$")]
 
 
 class Prompt(Body):
@@ -132,6 +139,33 @@ class Conversation(Body):
     model: Choice | UnsetType = UNSET
     temperature: Temperature | UnsetType = UNSET
     max_tokens: Annotated[int, Meta(ge=1, le=4096)] | UnsetType = UNSET
+
+
+class Doing(View):
+    """How a provider of language models does, on this node, for all of its tenants together; times are seconds.
+
+    How much others use is nobody's business: models and counts are for the operator alone.
+    """
+
+    provider: str
+    model: str | None = None
+    average_first_seconds: float | None
+    """Until the answer begins; None before the first one."""
+    average_seconds: float | None
+    """Until it is complete."""
+    failure_rate: float | None
+    """0 to 1; None before the first request. Each attempt is one."""
+    requests: int | None = None
+    failures: dict[str, int] | None = None
+    """By code."""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class Metrics(View):
+    """How the language models of this node do."""
+
+    items: list[Doing]
 
 
 class Counted(View):
@@ -161,7 +195,8 @@ async def list_providers(request: Request, visit: Visiting, store: Store) -> Pro
     named = [(first, decided.default_llm_model if config.llm_model == "auto" else config.llm_model)]
     named += MODELS.items()
     named += [(provider, model) for provider, _, model in (each.partition("/") for each in config.llm_fallbacks)]
-    platform = speech.platform_providers(request)
+    answers = request.app.state.answers
+    platform = answers.platform_providers if answers is not None else frozenset()
     return Providers(
         items=[
             OneProvider(
@@ -175,6 +210,15 @@ async def list_providers(request: Request, visit: Visiting, store: Store) -> Pro
     )
 
 
+@router.get("/metrics", dependencies=auth.may("voice_config.view"))
+async def read_llm_metrics(request: Request, visit: Visiting) -> Metrics:
+    """How well and how fast the language models answer that this node asks."""
+    found = speech.answers(request).metrics()
+    if visit.operator:
+        return Metrics(items=[_counted(each) for each in found])
+    return Metrics(items=[_doing(name, [each for each in found if each.provider == name]) for name in voices.PROVIDERS])
+
+
 @router.get("/config", dependencies=auth.may("voice_config.view"))
 async def read_llm_config(visit: Visiting, store: Store) -> LlmConfig:
     """The language model."""
@@ -185,6 +229,8 @@ async def read_llm_config(visit: Visiting, store: Store) -> LlmConfig:
 async def change_llm_config(request: Request, visit: Visiting, store: Store) -> LlmConfig:
     """Change the language model; answers that begin from now on are of it."""
     changes = schemas.changes(await schemas.read(request, LlmChange))
+    if changes.get("url"):
+        Endpoint("compatible", url=changes["url"], trusted=False)  # raises what asking it would
     changed = await speech.change(store, visit, changes, _FIELDS)
     speech.forget(request, visit)
     return _shown(changed)
@@ -210,7 +256,7 @@ async def set_credential(request: Request, visit: Visiting, store: Store, provid
     keys = speech.master_keys(request)
     kind = _kind(request, provider)
     wanted = await schemas.read(request, NewCredential)
-    await secrets.put(store, keys, visit.tenant_id, kind, provider, wanted.api_key, audit.actor().id)
+    await secrets.put(store, keys, visit.tenant_id, kind, provider, wanted.api_key.strip(), audit.actor().id)
     speech.forget(request, visit)
     return Response(status_code=204)
 
@@ -269,19 +315,25 @@ async def answer(
     temperature: float | None = None,
     max_tokens: int | None = None,
 ) -> Reply:
-    """The whole answer to a conversation in OpenAI's format, metered. Raises `AvbError`."""
+    """The whole answer to a conversation in OpenAI's format, metered; it ends for a client that goes away.
+
+    Raises `AvbError`.
+    """
     answers = speech.answers(request)
     language = persona.language if persona is not None else ""
     who = Who(visit.tenant_id, speech.project_of(visit), None, visit.request_id, language)
     try:
-        found = await answers.complete(
-            who, persona, messages, model=model, temperature=temperature, max_tokens=max_tokens
+        making = asyncio.create_task(
+            answers.complete(who, persona, messages, model=model, temperature=temperature, max_tokens=max_tokens)
         )
+        found = await unless_gone(request.receive, making, making)
     except Unavailable as error:
         if model is None or error.code != "no_language_model":
             raise
         # Who names a provider that cannot be asked here has asked wrongly; trying again would not help.
         raise BadInput(error.message, code=error.code, param="model") from error
+    if found is None:
+        raise schemas.ClientGone("The client went away before its answer.")
     return Reply(
         reply=found.text,
         provider=found.provider,
@@ -305,6 +357,29 @@ def _kind(request: Request, provider: str) -> str:
     raise NotFound(
         f"There is no such provider: it is one of {known}, or an id of /api/v2/personas/solvers.", param="provider"
     )
+
+
+def _doing(provider: str, found: Sequence[ChatMetrics]) -> Doing:
+    requests = sum(each.requests for each in found)
+    failures = sum(each.failures.total() for each in found)
+    return Doing(
+        provider=provider,
+        average_first_seconds=_average([each.first for each in found]),
+        average_seconds=_average([each.whole for each in found]),
+        failure_rate=failures / requests if requests else None,
+    )
+
+
+def _counted(found: ChatMetrics) -> Doing:
+    doing = _doing(found.provider, [found])
+    doing.model, doing.requests, doing.failures = found.model, found.requests, dict(found.failures)
+    doing.input_tokens, doing.output_tokens = found.input_tokens, found.output_tokens
+    return doing
+
+
+def _average(times: Sequence[Durations]) -> float | None:
+    count = sum(each.count for each in times)
+    return sum(each.total for each in times) / count if count else None
 
 
 def _shown(config: voices.VoiceConfig) -> LlmConfig:

@@ -21,6 +21,7 @@ from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
 from agentvoicebox.admin_api.voice import Speed
 from agentvoicebox.bus_bridge.models import SessionSettings
+from agentvoicebox.config.errors import BadInput
 from agentvoicebox.tenancy import personas, voices
 from agentvoicebox.tenancy.models import Persona as Row
 from agentvoicebox.tenancy.models import PersonaStatus
@@ -150,6 +151,7 @@ class SolverList(View):
 async def create_persona(request: Request, visit: Visiting, store: Store) -> Persona:
     """Make a persona."""
     wanted = schemas.changes(await schemas.read(request, NewPersona))
+    _check_solvers(request, wanted["solvers"])
     made = await personas.create(store, visit.tenant_id, Character(**{**wanted, "solvers": tuple(wanted["solvers"])}))
     speech.forget(request, visit)
     return Persona.model_validate(made)
@@ -179,6 +181,7 @@ async def change_persona(request: Request, visit: Visiting, store: Store, person
     """Change a persona; answers that begin from now on are as it is then."""
     changes = schemas.changes(await schemas.read(request, PersonaChange))
     if "solvers" in changes:
+        _check_solvers(request, changes["solvers"])
         changes["solvers"] = tuple(changes["solvers"])
     changed = await personas.update(store, visit.tenant_id, persona_id, changes)
     speech.forget(request, visit)
@@ -250,6 +253,18 @@ async def set_project_default(request: Request, visit: Visiting, store: Store, p
     changed = await personas.set_project_default(store, visit.tenant_id, project_id, wanted.persona_id)
     speech.forget(request, visit)
     return Project.model_validate(changed)
+
+
+def _check_solvers(request: Request, wanted: list[str]) -> None:
+    """Raises `BadInput` for whom nobody knows, here or elsewhere; who is offered may be installed later."""
+    if request.app.state.solvers is None:
+        return
+    known = {personas.LLM, *(each.id for each in request.app.state.solvers.installed())}
+    if unknown := [each for each in wanted if each not in known]:
+        raise BadInput(
+            f"There is no solver {unknown[0]!r}: it is {personas.LLM} or an id of /api/v2/personas/solvers.",
+            param="solvers",
+        )
 
 
 async def _as(persona: Row, request: Request, visit: Visiting, store: Store) -> SessionSettings:

@@ -46,16 +46,6 @@ FAILED: dict[int | str, dict[str, Any]] = {
 }
 """Those of a route that asks a provider."""
 
-SAMPLES = {
-    "de": "Guten Tag, so klingt diese Stimme. Womit kann ich helfen?",
-    "en": "Hello, this is how this voice sounds. What can I do for you?",
-    "es": "Hola, así suena esta voz. ¿En qué puedo ayudar?",
-    "fr": "Bonjour, voici comment cette voix sonne. Que puis-je faire pour vous ?",
-    "it": "Buongiorno, questa voce suona così. Come posso aiutare?",
-    "pt": "Olá, é assim que esta voz soa. Em que posso ajudar?",
-}
-"""What a voice says to be heard, by language."""
-
 _ENDLESS = 0xFFFFFFFF
 """Stands in a WAV header for a length that nobody knows yet; readers go on to the end of what they are sent."""
 
@@ -76,21 +66,6 @@ def solvers(request: Request) -> Solvers:
     """Who can be asked beside language models. Raises `Unavailable` (`no_engines`)."""
     found: Solvers | None = request.app.state.solvers
     return found if found is not None else _none("solvers")
-
-
-def platform_providers(request: Request) -> frozenset[str]:
-    """The providers of language models that the platform has a key or an address for."""
-    if request.app.state.engines is None:
-        return frozenset()
-    decided = engines(request).settings
-    ways = {
-        "openai": decided.openai_key,
-        "anthropic": decided.anthropic_key,
-        "groq": decided.groq_key,
-        "ollama": decided.ollama_url,
-        "compatible": decided.compatible_url,
-    }
-    return frozenset(provider for provider, way in ways.items() if way)
 
 
 def forget(request: Request, visit: Visit) -> None:
@@ -175,8 +150,10 @@ async def spoken(request: Request, visit: Visit, text: str, wanted: SessionSetti
 
 async def clip(request: Request, visit: Visit, wanted: SessionSettings) -> Response:
     """A sample of how something sounds. Raises `AvbError`."""
-    sample = SAMPLES.get(wanted.language.split("-")[0].lower(), SAMPLES["en"])
-    return Response(await spoken(request, visit, sample, wanted), media_type="audio/wav")
+    from agentvoicebox.plugins import kokoro
+
+    text = kokoro.sample(wanted.language)
+    return Response(await spoken(request, visit, text, wanted), media_type="audio/wav")
 
 
 class Streamed(StreamingResponse):

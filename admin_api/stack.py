@@ -190,14 +190,21 @@ class Stack:
         self._answers = Answers(
             self.database, self._keys, chats, self._solvers, self._ledger, settings, spent=self._books.count
         )
+        self._exit.push_async_callback(self._answers.close)
 
     async def _load_engines(self) -> None:
         settings = self.settings
-        if settings.engine == "auto":
+        elsewhere = settings.speech == "queue"
+        if settings.engine == "auto" and not elsewhere:
             await models.fetch_defaults(settings.models, settings.whisper, self._tell, url=settings.models_url)
-        choice = models.choose(settings.engine, settings.models, settings.whisper)
+        if settings.engine == "models" and elsewhere:  # which are the workers'
+            choice = models.wanted(settings.models, settings.whisper)
+        else:
+            choice = models.choose(settings.engine, settings.models, settings.whisper)
         if choice.notice:
             self._tell(choice.notice)
+            if elsewhere:
+                self._tell("If it is the workers that have models, set AVB_ENGINE=models.")
         self._tell(f"loading {choice.stt.plugin} and {choice.tts.plugin}")
         runner = self._runner()
         if runner is not None:
@@ -205,7 +212,12 @@ class Stack:
         pool = Pool(memory=settings.speech_memory * 2**20, spoken=Spoken(), runner=runner)
         self._exit.callback(pool.close)
         self.engines = Engines(pool, choice, settings, self._answers.key_of)
-        await self.engines.load()
+        try:
+            await self.engines.load()
+        except Unavailable as error:
+            if not elsewhere:
+                raise
+            self._tell(error.message)  # workers may come later: engines are loaded at the first word then
         await asyncio.to_thread(vad.warm, settings.vad)
 
     def _runner(self) -> Processes | Streams | None:

@@ -6,8 +6,8 @@ import asyncio
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import entry_points
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -19,7 +19,10 @@ from agentvoicebox.admin_api.listings import View
 from agentvoicebox.admin_api.schemas import Body, UnsupportedMediaType
 from agentvoicebox.admin_api.stores import Store
 from agentvoicebox.admin_api.visits import Visit
+from agentvoicebox.bus_bridge import engines as ears
+from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, SessionSettings
+from agentvoicebox.config.errors import Conflict
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins import pool
 from agentvoicebox.tenancy import voices
@@ -36,8 +39,9 @@ PIECE = 25.0
 """Seconds that an engine is given at once: others have their turn in between."""
 
 _AUDIO = re.compile(r"(?:audio/[a-z0-9.+-]+|application/octet-stream)\s*(?:;.*)?", re.IGNORECASE)
-_GROUPS = ("opm.stt", "mycroft.plugin.stt")
-"""Entry points under which recognisers of OVOS are found."""
+
+_READING = ThreadPoolExecutor(2, "audio-files")
+"""What reads the files of strangers: however many they send, everything else has its threads."""
 
 _FIELDS = {
     "model": "stt_model",
@@ -53,6 +57,8 @@ Language = Annotated[str, Meta(pattern=f"^({voices.LANGUAGE.pattern}|auto)?$")]
 Spoken = Annotated[str | None, Query(pattern=f"^({voices.LANGUAGE.pattern}|auto)$", description="A tag, or auto.")]
 Model = Literal["auto", "tiny", "base", "small", "medium", "large-v2", "large-v3"]
 Wanted = Annotated[Literal["tiny", "base", "small", "medium", "large-v2", "large-v3"] | None, Query()]
+
+Clean = Annotated[bool, Query(description="Take noise away, and bring it to a volume easy to understand.")]
 
 
 class SttChange(Body):
@@ -132,34 +138,24 @@ class Transcript(View):
     """0 to 1, where the engine tells."""
     audio_seconds: float
     engine: str
+    model: str
+    """The Whisper model; empty for other engines."""
     seconds: float
     """How long it took."""
     segments: list[Segment]
 
 
-class Doing(View):
-    """How one recogniser does, on this node, for all of its tenants together; times are seconds.
+class Hearing(voice.Doing):
+    """How one recogniser does."""
 
-    How much others use is nobody's business: counts are for the operator alone.
-    """
-
-    engine: str
-    model: str
-    average_seconds: float | None
-    """From the question to the answer, waiting included; None before the first answer."""
-    average_audio_seconds: float | None
     average_confidence: float | None
     """0 to 1; None for an engine that does not tell."""
-    failure_rate: float | None
-    """0 to 1; None before the first question."""
-    requests: int | None = None
-    failures: int | None = None
 
 
 class Metrics(View):
     """How the recognisers of this node do."""
 
-    items: list[Doing]
+    items: list[Hearing]
 
 
 _FILE = {
@@ -181,11 +177,11 @@ async def list_engines(request: Request, visit: Visiting, store: Store) -> Ears:
 
     here = request.app.state.engines
     own = {each.name for each in await speech.credentials(store, visit)}
-    directory = here.settings.models if here is not None else None
-    names = sorted({found.name for group in _GROUPS for found in entry_points(group=group)})
     return Ears(
-        engines=[Ear(name="auto", ready=here is not None)]
-        + [Ear(name=name, ready=here is not None and _ready(name, own, here.settings)) for name in names],
+        engines=[
+            Ear(name=name, ready=here is not None and _ready(name, own, here.settings))
+            for name in ears.choosable("stt")
+        ],
         models=[
             Whisper(
                 name=each.model,
@@ -193,7 +189,7 @@ async def list_engines(request: Request, visit: Visiting, store: Store) -> Ears:
                 speed=each.speed,
                 size=each.size,
                 memory=each.memory,
-                installed=directory is not None and models.installed(models.defaults(each.model)[0], directory),
+                installed=here is not None and here.has(each.model),
             )
             for each in models.trade_offs()
         ],
@@ -210,37 +206,43 @@ async def read_stt_config(request: Request, visit: Visiting, store: Store) -> St
 async def change_stt_config(request: Request, visit: Visiting, store: Store) -> SttConfig:
     """Change some of it; sessions that begin from now on have it."""
     changes = schemas.changes(await schemas.read(request, SttChange))
+    voice.check_engines("stt", changes, "engine", "fallbacks")
+    if request.app.state.engines is not None and "model" in changes:
+        _check_model(request.app.state.engines, changes["model"])
     return _shown(request, await speech.change(store, visit, changes, _FIELDS))
 
 
 @router.post("/transcribe", dependencies=auth.may("tenant.create_session", body=LARGEST), openapi_extra=_FILE)
 async def transcribe(
-    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None
+    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None, clean: Clean = False
 ) -> Transcript:
     """What is said in an audio file, which is the body; metered by its length."""
-    return await _transcribe(request, visit, store, language, model)
+    return await _transcribe(request, visit, store, language, model, clean)
 
 
 @router.post("/test", dependencies=auth.may("tenant.configure_voice", body=LARGEST), openapi_extra=_FILE)
 async def try_listening(
-    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None
+    request: Request, visit: Visiting, store: Store, language: Spoken = None, model: Wanted = None, clean: Clean = False
 ) -> Transcript:
     """The same, for whoever sets the assistant up; metered as well."""
-    return await _transcribe(request, visit, store, language, model)
+    return await _transcribe(request, visit, store, language, model, clean)
 
 
 @router.get("/metrics", dependencies=auth.may("voice_config.view"))
-async def read_stt_metrics(request: Request, visit: Visiting) -> Metrics:
-    """How well and how fast the recognisers of this node answer."""
-    found = [each for each in speech.engines(request).metrics() if each.kind == "stt"]
-    return Metrics(items=[_doing(each, counts=visit.operator) for each in found])
+async def read_stt_metrics(request: Request, visit: Visiting, store: Store) -> Metrics:
+    """How well and how fast the recognisers of this node answer; a tenant sees those that it could have."""
+    here = speech.engines(request)
+    found = [each for each in here.metrics() if each.kind == "stt"]
+    if not visit.operator:
+        known = ears.choosable("stt")
+        own = {each.name for each in await speech.credentials(store, visit)}
+        found = [each for each in found if each.plugin in known and _ready(each.plugin, own, here.settings)]
+    return Metrics(items=[_hearing(each, counts=visit.operator) for each in found])
 
 
 async def _transcribe(
-    request: Request, visit: Visit, store: Database, language: str | None, model: str | None
+    request: Request, visit: Visit, store: Database, language: str | None, model: str | None, clean: bool
 ) -> Transcript:
-    from agentvoicebox.plugins import audio
-
     given = request.headers.get("content-type", "")
     if not _AUDIO.fullmatch(given):
         raise UnsupportedMediaType(
@@ -248,17 +250,22 @@ async def _transcribe(
             "audio/ogg, application/octet-stream)."
         )
     wanted = await speech.begin(request, visit, store)
+    here = speech.engines(request)
+    if model is not None:
+        _check_model(here, model)
     wanted = replace(wanted, stt_language=language or wanted.stt_language, stt_model=model or wanted.stt_model)
     file = await schemas.received(request)
     begun = time.monotonic()
-    pcm = await asyncio.to_thread(audio.decode, file, longest=LONGEST)
-    heard = await _heard(request, visit, wanted, await asyncio.to_thread(audio.split, pcm, PIECE))
+    pieces = await asyncio.get_running_loop().run_in_executor(_READING, _read, file, clean)
+    heard = await _heard(request, visit, wanted, pieces)
+    engine = next((piece.engine for piece in heard if piece.engine), "")
     return Transcript(
         text=" ".join(piece.text for piece in heard if piece.text),
         language=next((piece.language for piece in heard if piece.language), ""),
         confidence=_mean([(piece.confidence, piece.audio_seconds) for piece in heard]),
-        audio_seconds=len(pcm) / BYTES_PER_SECOND,
-        engine=next((piece.engine for piece in heard if piece.engine), ""),
+        audio_seconds=sum(map(len, pieces)) / BYTES_PER_SECOND,
+        engine=engine,
+        model=here.whisper(wanted) if engine in ears.WHISPER else "",
         seconds=time.monotonic() - begun,
         segments=list(_segments(heard)),
     )
@@ -281,6 +288,14 @@ async def _heard(request: Request, visit: Visit, wanted: SessionSettings, pieces
     return heard
 
 
+def _read(file: bytes, clean: bool) -> list[bytes]:
+    """The sound of a file, in pieces. Raises `BadInput`, `TooLarge`."""
+    from agentvoicebox.plugins import audio
+
+    pcm = audio.decode(file, longest=LONGEST)
+    return audio.split(audio.normalised(audio.denoised(pcm)) if clean else pcm, PIECE)
+
+
 def _segments(heard: list[pool.Transcript]) -> Iterator[Segment]:
     begin = 0.0
     for piece in heard:
@@ -295,27 +310,31 @@ def _mean(weighted: list[tuple[float | None, float]]) -> float | None:
     return sum(value * weight for value, weight in known) / total if known else None
 
 
-def _doing(found: pool.EngineMetrics, *, counts: bool) -> Doing:
-    requests, failures = sum(found.requests.values()), sum(found.failures.values())
-    answered = sum(each.count for each in found.seconds.values())
-    return Doing(
-        engine=found.plugin,
-        model=found.model,
-        average_seconds=sum(each.sum for each in found.seconds.values()) / answered if answered else None,
-        average_audio_seconds=found.audio.sum / found.audio.count if found.audio.count else None,
-        average_confidence=found.confidence.sum / found.confidence.count if found.confidence.count else None,
-        failure_rate=failures / requests if requests else None,
-        requests=requests if counts else None,
-        failures=failures if counts else None,
+def _hearing(found: pool.EngineMetrics, *, counts: bool) -> Hearing:
+    told = voice.doing(found, counts=counts)
+    return Hearing(
+        **told, average_confidence=found.confidence.sum / found.confidence.count if found.confidence.count else None
     )
+
+
+def _check_model(here: Engines, model: str) -> None:
+    """Raise `Conflict` (`model_not_installed`) unless a tenant can have that Whisper model here."""
+    if model != "auto" and not here.has(model):
+        known = [name for name in voices.WHISPER_MODELS if here.has(name)]
+        raise Conflict(
+            f"The Whisper model {model} is not installed: the operator fetches it with `avb models pull "
+            f"faster-whisper-{model}`. Installed: {', '.join(known) or 'none'}.",
+            code="model_not_installed",
+            param="model",
+        )
 
 
 def _ready(name: str, own: set[str], settings: Settings) -> bool:
     """Whether somebody has a key for a recogniser that needs one."""
-    if name.endswith("-deepgram"):
+    if name.endswith("deepgram"):
         return "deepgram" in own or bool(settings.deepgram_key)
-    if name.endswith("-openai"):
-        return "openai" in own or bool(settings.openai_key)
+    if name.endswith("openai"):
+        return "openai" in own or bool(settings.openai_key or settings.openai_url)
     return True
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -15,7 +16,9 @@ from agentvoicebox.admin_api.auth import Visiting
 from agentvoicebox.admin_api.listings import View
 from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
+from agentvoicebox.bus_bridge import engines
 from agentvoicebox.config.errors import NotFound
+from agentvoicebox.plugins.pool import EngineMetrics
 from agentvoicebox.tenancy import usage, voices
 from agentvoicebox.tenancy.usage import Period
 
@@ -99,6 +102,39 @@ class VoiceUsage(View):
     llm_output_tokens: int
 
 
+class Doing(View):
+    """How one engine does, on this node, for all of its tenants together; times are seconds.
+
+    How much others use is nobody's business: counts, and what is under way, are for the operator alone.
+    """
+
+    engine: str
+    model: str
+    average_seconds: float | None
+    """From the question to the whole answer, waiting included; None before the first answer."""
+    average_audio_seconds: float | None
+    failure_rate: float | None
+    """0 to 1, of what was not merely a guess; None before the first question."""
+    requests: int | None = None
+    failures: int | None = None
+    waiting: int | None = None
+    """Requests whose turn has not come yet."""
+    working: int | None = None
+    """Calls that it does now."""
+    loaded: int | None = None
+    """Configurations of it that are in memory."""
+    memory: int | None = None
+    """Bytes that they hold."""
+    open_circuits: int | None = None
+    """Configurations of it that are left alone, for they keep failing."""
+
+
+class VoiceMetrics(View):
+    """How the voices of this node do."""
+
+    items: list[Doing]
+
+
 @router.get("/config", dependencies=auth.may("voice_config.view"))
 async def read_voice_config(visit: Visiting, store: Store) -> VoiceConfig:
     """How the assistant sounds and listens."""
@@ -109,6 +145,8 @@ async def read_voice_config(visit: Visiting, store: Store) -> VoiceConfig:
 async def change_voice_config(request: Request, visit: Visiting, store: Store) -> VoiceConfig:
     """Change some of it; sessions that begin from now on have it."""
     changes = schemas.changes(await schemas.read(request, VoiceChange))
+    check_engines("stt", changes, "stt", "stt_fallbacks")
+    check_engines("tts", changes, "tts", "tts_fallbacks")
     changed = await speech.change(store, visit, changes, {name: name for name in VoiceConfig.model_fields})
     speech.forget(request, visit)
     return VoiceConfig.model_validate(changed)
@@ -174,3 +212,44 @@ async def read_voice_usage(visit: Visiting, store: Store, period: Period = Perio
         llm_input_tokens=found.amounts.llm_input_tokens,
         llm_output_tokens=found.amounts.llm_output_tokens,
     )
+
+
+@router.get("/metrics", dependencies=auth.may("voice_config.view"))
+async def read_voice_metrics(request: Request, visit: Visiting) -> VoiceMetrics:
+    """How well and how fast the voices of this node answer."""
+    known = engines.choosable("tts")
+    found = [each for each in speech.engines(request).metrics() if each.kind == "tts"]
+    shown = [each for each in found if visit.operator or each.plugin in known]
+    return VoiceMetrics(items=[Doing(**doing(each, counts=visit.operator)) for each in shown])
+
+
+def check_engines(kind: Literal["stt", "tts"], changes: Mapping[str, Any], first: str, others: str) -> None:
+    """Raise `BadInput` (`unknown_engine`) if one of the engines that are chosen under these names is not there."""
+    for param, names in ((first, [changes[first]] if first in changes else []), (others, changes.get(others, []))):
+        for name in names:
+            engines.check(kind, name, param)
+
+
+def doing(found: EngineMetrics, *, counts: bool) -> dict[str, Any]:
+    """The fields of a `Doing`."""
+    guesses = found.failures.get("busy", 0)  # given up for those who had really said something
+    requests, failures = sum(found.requests.values()) - guesses, sum(found.failures.values()) - guesses
+    answered = sum(each.count for each in found.seconds.values())
+    told: dict[str, Any] = {
+        "engine": found.plugin,
+        "model": found.model,
+        "average_seconds": sum(each.sum for each in found.seconds.values()) / answered if answered else None,
+        "average_audio_seconds": found.audio.sum / found.audio.count if found.audio.count else None,
+        "failure_rate": failures / requests if requests else None,
+    }
+    if counts:
+        told |= {
+            "requests": requests,
+            "failures": failures,
+            "waiting": found.waiting,
+            "working": found.working,
+            "loaded": found.loaded,
+            "memory": found.memory,
+            "open_circuits": found.open,
+        }
+    return told

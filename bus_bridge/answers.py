@@ -17,7 +17,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -28,9 +28,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.bus_bridge import talk as talks
 from agentvoicebox.bus_bridge.talk import Reset, Switch, Talk
-from agentvoicebox.config.errors import AvbError, NotFound, Unavailable
+from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Unavailable
 from agentvoicebox.config.settings import Settings
-from agentvoicebox.plugins.chat import Chats, Delta, Endpoint, Request, Tokens
+from agentvoicebox.plugins.chat import ChatMetrics, Chats, Delta, Endpoint, Request, Tokens
 from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.tenancy import models, personas, secrets
 from agentvoicebox.tenancy.database import Database
@@ -173,6 +173,27 @@ class Answers:
         """What the tenant has chosen has changed; the next question already finds the new state."""
         self._recent.forget(tenant_id)
 
+    async def close(self) -> None:
+        """Stop reading what tenants have chosen."""
+        await self._recent.close()
+
+    def metrics(self) -> list[ChatMetrics]:
+        """How the language models do on this node, by provider and model, for all tenants together."""
+        return self._chats.metrics()
+
+    @property
+    def platform_providers(self) -> frozenset[str]:
+        """The providers of language models that the platform has a key or an address for."""
+        settings = self._settings
+        ways = {
+            "openai": settings.openai_key,
+            "anthropic": settings.anthropic_key,
+            "groq": settings.groq_key,
+            "ollama": settings.ollama_url,
+            "compatible": settings.compatible_url,
+        }
+        return frozenset(provider for provider, way in ways.items() if way)
+
     async def persona(
         self, tenant_id: uuid.UUID, project_id: uuid.UUID | None = None, wanted: uuid.UUID | str | None = None
     ) -> Persona | None:
@@ -235,7 +256,12 @@ class Answers:
         found = []
         for provider, model in dict.fromkeys(wanted):
             own = await self._secret(tenant_id, "llm", provider) if provider in owned else None
-            if (endpoint := self._endpoint(voice, provider, own)) is not None:
+            try:
+                endpoint = self._endpoint(voice, provider, own)
+            except BadInput as error:  # a key or an address that was stored when that was still possible
+                log.warning("the choice of a tenant cannot be asked: %s", error.code)
+                continue
+            if endpoint is not None:
                 found.append((endpoint, model))
         return found
 
@@ -296,13 +322,12 @@ class Answers:
         A wish to talk to somebody else is fulfilled, for this session alone. The conversation is read here, and
         noted by whoever knows what of the answer was heard. Raises as `stream`.
         """
-        if talks.is_command(text, who.language):
-            done = await self._obey(who, talk, text)
-            if done is not None:
-                yield Delta(text=done)
-                yield _END
-                return
-        persona = await self.persona(who.tenant_id, who.project_id, talk.persona)
+        done = await self.obey(who, talk, text)
+        if done is not None:
+            yield Delta(text=done)
+            yield _END
+            return
+        persona = await self.answering(who, talk)
         messages = [*talk.messages(), {"role": "user", "content": text}]
         if talk.instructions:
             messages.insert(0, {"role": "system", "content": talk.instructions})
@@ -310,8 +335,18 @@ class Answers:
             async for delta in deltas:
                 yield delta
 
-    async def _obey(self, who: Who, talk: Talk, text: str) -> str | None:
-        """What is said to a command of the user's; None for what is none."""
+    async def answering(self, who: Who, talk: Talk) -> Persona | None:
+        """Who answers in a session now; when whom it talked to is gone, it is switched to whoever takes over."""
+        persona = await self.persona(who.tenant_id, who.project_id, talk.persona)
+        if isinstance(talk.persona, uuid.UUID) and (persona is None or persona.id != talk.persona):
+            talk.persona = persona.id if persona is not None else None
+            talk.on_switch(persona)
+        return persona
+
+    async def obey(self, who: Who, talk: Talk, text: str) -> str | None:
+        """What is said to a command of the user's, which is fulfilled for this session alone; None for what is none."""
+        if not talks.is_command(text, who.language):
+            return None
         command = talks.command(text, who.language, await self.names(who.tenant_id))
         if command is None:
             return None
@@ -319,7 +354,7 @@ class Answers:
         if isinstance(command, Switch | Reset):
             kind = "switched" if isinstance(command, Switch) else "resetted"
             talk.persona = command.persona_id if isinstance(command, Switch) else None
-        persona = await self.persona(who.tenant_id, who.project_id, talk.persona)
+        persona = await self.answering(who, talk)
         if kind != "asked":
             talk.on_switch(persona)
         name = persona.name if persona is not None else (await self._house(who.tenant_id)).voice.persona_name
@@ -411,7 +446,7 @@ class Answers:
 
     async def _asked(self, who: Who, choices: Choices, request: Request, by: By) -> AsyncGenerator[Delta]:
         """What the language model says; what it used is metered once, however this ends."""
-        answer = self._chats.stream(choices, request)
+        answer = self._chats.stream(choices, request, str(who.tenant_id))
         metered = False
         try:
             async with aclosing(answer):
@@ -452,7 +487,8 @@ class Answers:
 
         try:
             options = await self._recent.get(who.tenant_id, ("solver", solver), read)
-            return await self._solvers.ask(solver, question, who.language or "en-US", options)
+            tenant = str(who.tenant_id)
+            return await self._solvers.ask(solver, question, who.language or "en-US", options, tenant=tenant)
         except AvbError as error:
             log.warning("the solver %s did not answer: %s", solver, error.code)
             return None
@@ -489,8 +525,12 @@ class _Recent:
         return cast("Value", found[1])
 
     async def _renew(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> None:
-        with suppress(AvbError):  # of which whoever needs it is told, when this is too old
+        try:
             await self._read(held, what, read)
+        except AvbError:  # of which whoever needs it is told, when this is too old
+            pass
+        except Exception as error:  # its text may hold what was read
+            log.error("what a tenant has chosen could not be read anew: %s", type(error).__name__)
 
     async def _read(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> Value:
         now = time.monotonic()
@@ -503,6 +543,13 @@ class _Recent:
     def forget(self, tenant_id: uuid.UUID) -> None:
         """Read it all anew, the next time."""
         self._held.pop(tenant_id, None)
+
+    async def close(self) -> None:
+        """Stop reading."""
+        renewing = list(self._renewing.values())
+        for task in renewing:
+            task.cancel()
+        await asyncio.gather(*renewing, return_exceptions=True)
 
 
 async def _owned(session: AsyncSession) -> frozenset[str]:

@@ -64,9 +64,11 @@ class Outlet:
 
 def resample(pcm: bytes, source: int, target: int) -> bytes:
     """A whole stretch of 16-bit mono audio at another rate."""
-    if source == target or not pcm:
-        return pcm
-    return bytes(soxr.resample(np.frombuffer(pcm, "<i2"), source, target, quality="HQ").astype("<i2").tobytes())
+    from agentvoicebox.plugins.pool.engine import (
+        at_rate,
+    )  # with OVOS behind it, which a command of clients does without
+
+    return at_rate(pcm, source, target)
 
 
 def chunks(pcm: bytes, rate: int) -> list[bytes]:

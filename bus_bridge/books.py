@@ -34,7 +34,10 @@ SOON = 1.0
 """Seconds that a line of history may wait for others, so that many cost one transaction."""
 
 MOST_WAITING = 10_000
-"""Lines of history kept while the store is away; usage has no such limit, it is refused instead."""
+"""Lines of history that wait to be written; usage has no such limit, it is refused instead."""
+
+MOST_OF_SESSION = 500
+"""Of them of one session, so that none crowds out the others."""
 
 MINUTE = 60.0
 """Seconds after which the time of a running session is metered again."""
@@ -301,6 +304,8 @@ class Books:
         self._heard: dict[_Key, SessionBooks] = {}
         self._ended: dict[_Key, _End] = {}
         self._count = 0
+        self._lossy: set[_Key] = set()
+        """Sessions of which lines were lost."""
         self._meter = _Meter(ledger, self._hear)
         self._writer: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -320,12 +325,17 @@ class Books:
             session.spent = session.spent.more(Spent(0.0, input_tokens, output_tokens))
 
     def note(self, tenant_id: uuid.UUID, session_id: uuid.UUID, event: sessions.Event) -> None:
-        """Take a line of history; it is written soon."""
-        if self._count >= MOST_WAITING:
-            log.error("the store has been away for long: history of session %s is lost", session_id)
+        """Take a line of history; it is written soon, unless too much of the session or of all waits for that."""
+        key = (tenant_id, session_id)
+        waiting = self._waiting.get(key, ())
+        if self._count >= MOST_WAITING or len(waiting) >= MOST_OF_SESSION:
+            if key not in self._lossy:
+                self._lossy.add(key)
+                lines, whose = (len(waiting), "its") if self._count < MOST_WAITING else (self._count, "the node's")
+                log.error("history of session %s is lost: %d of %s lines wait to be written", session_id, lines, whose)
             return
         self._count += 1
-        self._waiting.setdefault((tenant_id, session_id), []).append(event)
+        self._waiting.setdefault(key, []).append(event)
         self._hurry()
 
     def end(
@@ -411,6 +421,7 @@ class Books:
             )
 
     def _settle(self, key: _Key) -> None:
+        self._lossy.discard(key)
         asyncio.get_running_loop().call_soon(self._ended.pop(key).done)  # what goes wrong in there is not ours
 
 

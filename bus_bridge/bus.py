@@ -77,10 +77,18 @@ class _Message(msgspec.Struct):
 class _Speak(msgspec.Struct):
     utterance: str = ""
     expect_response: bool = False
+    meta: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Meta(msgspec.Struct):
+    """What of a skill's `meta`, which may be anything, is meant for us."""
+
+    avb: str = ""
 
 
 _MESSAGE = msgspec.json.Decoder(_Message)
 _SPEAK = msgspec.json.Decoder(_Speak)
+_META = msgspec.json.Decoder(_Meta)
 _SESSION = msgspec.json.Decoder(_Session)
 _STATE = msgspec.json.Decoder(_State)
 _ENCODER = msgspec.json.Encoder()
@@ -140,6 +148,16 @@ def _tell(line: Line, event: ev.Event) -> None:
 def _later(line: Line, event: ev.Event) -> None:
     """Tell a line in the next round: whoever asks is in the middle of something."""
     asyncio.get_running_loop().call_soon(_tell, line, event)
+
+
+def _is_apology(meta: msgspec.Raw) -> bool:
+    """Whether what is said is why there is no answer; our persona says so."""
+    if b'"avb"' not in bytes(meta):
+        return False
+    try:
+        return _META.decode(meta).avb == "apology"
+    except msgspec.MsgspecError:
+        return False
 
 
 def _ignore(event: ev.Event) -> None:
@@ -459,7 +477,7 @@ class Bus:
             if said.expect_response:
                 self._turns.pop(turn_id, None)
                 line.asker = turn_id
-            line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response))
+            line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response, _is_apology(said.meta)))
         elif kind == "mycroft.skill.handler.start":
             self._turnstile.leave(turn_id)
             line.tell(ev.SkillStarted(turn_id))

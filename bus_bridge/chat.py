@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
@@ -30,6 +30,7 @@ from agentvoicebox.bus_bridge.outbox import Send
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Refused, TooLarge
 from agentvoicebox.plugins.chat import Delta, Tokens
+from agentvoicebox.plugins.chat.pieces import Pieces
 from agentvoicebox.tenancy import keys, limits
 from agentvoicebox.tenancy.keyring import Grant
 from agentvoicebox.tenancy.metering import Ledger, Usage
@@ -57,6 +58,7 @@ _TURN = re.compile(r"[\x21-\x7e]{1,64}")
 
 Headers = list[tuple[bytes, bytes]]
 Message = dict[str, Any]
+Value = TypeVar("Value")
 
 
 class WrongMethod(AvbError):
@@ -329,11 +331,10 @@ class _Reply:
             content["tool_calls"] = delta.tool_calls
         if delta.text or not delta.finish:
             content["content"] = delta.text
-        finish = b'"%s"' % delta.finish.encode() if delta.finish else b"null"
         event = b'%s,"choices":[{"index":0,"delta":%s,"finish_reason":%s}]%s' % (
             self._head,
             _ENCODER.encode(content),
-            finish,
+            _ENCODER.encode(delta.finish),
             self._tail,
         )
         if delta.finish is None:
@@ -408,7 +409,8 @@ async def _stream(call: _Call, reply: _Reply, deltas: AsyncGenerator[Delta]) -> 
             data = await ahead.take()
         await call.write(data, False)
 
-    await _unless_gone(call, ahead.making, send())
+    call.meter()  # after what is made has been set to work: the question goes out first
+    await unless_gone(call.receive, ahead.making, send())
 
 
 async def _send_whole(call: _Call, reply: _Reply, deltas: AsyncGenerator[Delta]) -> None:
@@ -416,14 +418,13 @@ async def _send_whole(call: _Call, reply: _Reply, deltas: AsyncGenerator[Delta])
 
     async def collect() -> Message:
         texts: list[str] = []
-        calls: dict[int, Message] = {}
+        calls = Pieces()
         async with aclosing(deltas):
             async for delta in deltas:
                 texts.append(delta.text)
-                for piece in delta.tool_calls or ():
-                    _join(calls, piece)
+                calls.add(delta.tool_calls or [])
                 if delta.finish:
-                    return reply.whole("".join(texts), list(calls.values()), delta.finish, delta.tokens)
+                    return reply.whole("".join(texts), calls.whole(), delta.finish, delta.tokens)
         raise AssertionError("an answer without an end")
 
     making = asyncio.create_task(collect())
@@ -431,27 +432,28 @@ async def _send_whole(call: _Call, reply: _Reply, deltas: AsyncGenerator[Delta])
     async def send() -> None:
         await call.answer(200, await making)
 
-    await _unless_gone(call, making, send())
+    call.meter()
+    await unless_gone(call.receive, making, send())
 
 
-async def _unless_gone(call: _Call, making: asyncio.Task[Any], sending: Awaitable[None]) -> None:
-    """Send what is made, and stop making it when the client goes away."""
+async def unless_gone(receive: Receive, making: asyncio.Task[Any], sending: Awaitable[Value]) -> Value | None:
+    """What `sending` returns, which sends what is made; making ends when the client goes away, and this is None."""
     gone = False
-    call.meter()  # after what is made has been set to work: the question goes out first
 
     async def watch() -> None:
         nonlocal gone
-        while (await call.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
         gone = True
         making.cancel()
 
     watching = asyncio.create_task(watch())
     try:
-        await sending
+        return await sending
     except asyncio.CancelledError:
         if not gone:
             raise
+        return None
     finally:
         watching.cancel()
         making.cancel()
@@ -513,7 +515,7 @@ def _decoded(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
             raise BadInput(f"{place[2]}: {place[1]}.", code="invalid_value", param=place[2]) from None
         field = _FIELD.search(said)
         raise BadInput(f"{said}.", code="invalid_value", param=field[1] if field else None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadInput("The body is not JSON in UTF-8.", code="invalid_json") from None
 
 
@@ -534,13 +536,3 @@ def _api_call(grant: Grant, request_id: str) -> Usage:
 def _usage(tokens: Tokens | None) -> Message:
     read, written = (tokens.input, tokens.output) if tokens is not None else (0, 0)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def _join(calls: dict[int, Message], piece: Message) -> None:
-    """Add a piece of a tool call to those that have come."""
-    function = piece.get("function") or {}
-    empty: Message = {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
-    call = calls.setdefault(piece.get("index", 0), empty)
-    call["id"] = piece.get("id") or call["id"]
-    call["function"]["name"] += function.get("name") or ""
-    call["function"]["arguments"] += function.get("arguments") or ""

@@ -40,6 +40,7 @@ NAP = 0.5
 """Seconds after which a connection that rests looks whether it is to be closed."""
 
 NORMAL = 1000
+INTERNAL = 1011
 
 
 class Codec(Protocol):
@@ -103,6 +104,8 @@ class Connection:
         self._audio = Budget(*SOCKET_AUDIO)
         self._inlet: audio.Inlet | None = None
         self._vad: VadStream | None = None
+        self.chosen: frozenset[str] = frozenset()
+        """Fields of the settings that the client has chosen itself."""
         self._work: dict[str, asyncio.Task[None]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         line.tell = self._note
@@ -187,6 +190,8 @@ class Connection:
             elif isinstance(event, ev.SettingsWanted) and (problem_ := self._foreign(event)):
                 self._outbox.post([self._codec.problem(problem_)])
             else:
+                if isinstance(event, ev.SettingsWanted):
+                    self.chosen = self.chosen.union(event.changes)
                 self._note(event)
 
     async def _rest(self, seconds: float) -> None:
@@ -241,10 +246,16 @@ class Connection:
 
     def _follow(self, out: list[Out]) -> None:
         for item in out:
-            if isinstance(item, ev.Effect):
-                self._do(item)
-            else:
-                self._tell(item)
+            try:
+                if isinstance(item, ev.Effect):
+                    self._do(item)
+                else:
+                    self._tell(item)
+            except Exception as error:
+                # A client that was not told something would wait for it for ever. The rest is done all the same.
+                if not self._outbox.closing:
+                    log.error("%s of a session failed: %s", type(item).__name__, type(error).__name__)
+                self._outbox.close(INTERNAL, "internal_error")
 
     def _tell(self, told: ev.Told) -> None:
         settings = self._session.settings

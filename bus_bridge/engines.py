@@ -5,14 +5,17 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 from agentvoicebox.bus_bridge.models import LISTENING_RATE, SessionSettings, TurnDetection
+from agentvoicebox.config.errors import BadInput, Unavailable
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins import models
 from agentvoicebox.plugins.models import Choice
 from agentvoicebox.plugins.pool import EngineMetrics, EngineSpec, Pool, Speech, Transcript, Voice
-from agentvoicebox.tenancy.voices import VoiceConfig
+from agentvoicebox.plugins.pool.engine import installed
+from agentvoicebox.tenancy.settings import Settings as TenantSettings
+from agentvoicebox.tenancy.voices import WHISPER_MODELS, VoiceConfig
 
 DEEPGRAM, OPENAI = "agentvoicebox-stt-deepgram", "agentvoicebox-stt-openai"
 
@@ -21,6 +24,11 @@ CLOUD = {"deepgram": DEEPGRAM, "openai": OPENAI}
 
 WHISPER = ("whisper", "agentvoicebox-stt-whisper", "ovos-stt-plugin-fasterwhisper")
 """Names under which a tenant may ask for Whisper."""
+
+UNDECIDED = ("auto", TenantSettings().default_stt_model)
+"""Values of `default_stt_model` that leave the Whisper model to the operator: the second one every new tenant has."""
+
+_ALIASES = {"stt": ("auto", "whisper", *CLOUD), "tts": ("auto",)}
 
 KeyOf = Callable[[uuid.UUID, str, str], Awaitable[str | None]]
 """A tenant's own key: of tenant, kind and name."""
@@ -55,6 +63,8 @@ class Engines:
         """
         languages = self.settings.languages
         language = voice.language if voice.language in languages else languages[0]
+        decided = stt_model in WHISPER_MODELS and stt_model not in UNDECIDED
+        default = stt_model if decided else self.settings.whisper
         name = voice.voice
         if name == "auto" and language.startswith("en"):  # the names of default voices are those of English ones
             name = tts_voice
@@ -63,7 +73,7 @@ class Engines:
             voice=name,
             speed=voice.speed,
             stt=(voice.stt, *voice.stt_fallbacks),
-            stt_model=stt_model if voice.stt_model == "auto" else voice.stt_model,
+            stt_model=default if voice.stt_model == "auto" else voice.stt_model,
             stt_language=voice.stt_language,
             stt_vad=voice.stt_vad,
             tts=(voice.tts, *voice.tts_fallbacks),
@@ -81,9 +91,13 @@ class Engines:
     ) -> Transcript:
         """What was said in 16 kHz 16-bit mono audio; empty when nothing was heard. Raises `AvbError`.
 
-        A `tentative` one gives way to all others. `deadline` is in seconds.
+        A `tentative` one gives way to all others, and is never asked of a service elsewhere, which would be paid for
+        every guess: `Unavailable` with the code `busy` where the tenant has chosen only such. `deadline` is in seconds.
         """
-        engines = await self._ears(settings, tenant)
+        chosen = await self._ears(settings, tenant)
+        if tentative:
+            chosen = _here(chosen)
+        engines = tuple(dict.fromkeys((*chosen, self.choice.stt)))  # whoever else fails, what is here can be asked
         language = settings.stt_language or settings.language
         return await self.pool.transcribe(
             engines, pcm, LISTENING_RATE, language, tenant=str(tenant), deadline=deadline, tentative=tentative
@@ -121,7 +135,19 @@ class Engines:
         """How the engines do."""
         return self.pool.metrics()
 
-    async def _ears(self, settings: SessionSettings, tenant: uuid.UUID) -> Sequence[EngineSpec]:
+    def has(self, whisper: str) -> bool:
+        """Whether a tenant can have that Whisper model: it is on this node's disk, or it is the operator's choice."""
+        if self.settings.engine == "offline" or whisper not in WHISPER_MODELS:
+            return False
+        chosen = whisper == self.settings.whisper and self.choice.stt.plugin in WHISPER
+        return chosen or models.installed(models.defaults(whisper)[0], self.settings.models)
+
+    def whisper(self, settings: SessionSettings) -> str:
+        """The Whisper model that a session is heard with, where it is heard with one."""
+        return settings.stt_model if self.has(settings.stt_model) else self.settings.whisper
+
+    async def _ears(self, settings: SessionSettings, tenant: uuid.UUID) -> list[EngineSpec]:
+        """Those that the tenant has chosen, as far as they can be asked."""
         found: list[EngineSpec] = []
         for name in settings.stt:
             if name in CLOUD or name in CLOUD.values():
@@ -130,23 +156,21 @@ class Engines:
                 found.append(self._local(settings))
             else:
                 found.append(EngineSpec("stt", name))
-        # Whoever else fails, what is here can be asked.
-        return tuple(dict.fromkeys((*found, self.choice.stt)))
+        return found
 
     async def _cloud(self, provider: str, tenant: uuid.UUID) -> list[EngineSpec]:
-        """With the tenant's own key, else the platform's; nothing when there is neither."""
+        """With the tenant's own key, else the platform's; nothing when there is neither, and the service wants one."""
         ours = {"deepgram": self.settings.deepgram_key, "openai": self.settings.openai_key}[provider]
         url = {"deepgram": self.settings.deepgram_url, "openai": self.settings.openai_url}[provider]
         key = await self.key_of(tenant, "stt" if provider == "deepgram" else "llm", provider) or ours
-        if not key:
+        if not key and not (url and provider == "openai"):  # many servers with its protocol want none
             return []
-        config = {"key": key} | ({"url": url} if url else {})
-        return [EngineSpec("stt", CLOUD[provider], tuple(sorted(config.items())))]
+        config = {name: value for name, value in (("key", key), ("url", url)) if value}
+        return [EngineSpec("stt", CLOUD[provider], tuple(config.items()))]
 
     def _local(self, settings: SessionSettings) -> EngineSpec:
         """Whisper as the tenant wants it, where that model is here; else what the node has chosen."""
-        name, _ = models.defaults(settings.stt_model)
-        if self.settings.engine == "offline" or not models.installed(name, self.settings.models):
+        if not self.has(settings.stt_model):
             return self.choice.stt
         return models.whisper_spec(self.settings.models, settings.stt_model, vad=settings.stt_vad)
 
@@ -156,7 +180,28 @@ class Engines:
         return tuple(dict.fromkeys((*chosen, own)))
 
 
-def installed_whispers(models_dir: Path) -> list[str]:
-    """The Whisper models that a tenant can have here."""
-    names = [model.name for model in models.available(models_dir) if model.kind == "stt" and model.installed]
-    return [name.removeprefix("faster-whisper-") for name in names]
+def _here(chosen: list[EngineSpec]) -> list[EngineSpec]:
+    """Those of a tenant's ears that guesses are asked of. Raises `Unavailable` (`busy`) where it has no such."""
+    here = [spec for spec in chosen if spec.plugin not in CLOUD.values()]
+    if chosen and not here:
+        raise Unavailable(
+            "Services elsewhere hear whole utterances only: wait for the final transcript, or choose an engine here.",
+            code="busy",
+        )
+    return here
+
+
+def choosable(kind: Literal["stt", "tts"]) -> list[str]:
+    """The names under which engines can be chosen: plugins that are installed, and ours for some of them."""
+    return sorted({*_ALIASES[kind], *installed(kind)})
+
+
+def check(kind: Literal["stt", "tts"], name: str, param: str) -> None:
+    """Raise `BadInput` (`unknown_engine`) unless an engine can be chosen by that name."""
+    known = choosable(kind)
+    if name not in known:
+        raise BadInput(
+            f"{param}: there is no engine {name[:64]!r}; there are {', '.join(known)}.",
+            code="unknown_engine",
+            param=param,
+        )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from agentvoicebox.bus_bridge.calls import Call, Wish
-from agentvoicebox.bus_bridge.models import SessionSettings, Story, TurnStatus
+from agentvoicebox.bus_bridge.models import NO_TOKENS, SessionSettings, Story, Tokens, TurnStatus
 
 # --- events: what the client does ------------------------------------------------------------------------------------
 
@@ -136,6 +136,16 @@ class Spoke:
     turn_id: str
     text: str
     expects_response: bool = False
+    apology: bool = False
+    """Whether it says why there is no answer: nothing to be remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """The language model wrote this much more of an answer that is read; it goes on where the last one ended."""
+
+    turn_id: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +158,18 @@ class Called:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """Some other message of the turn was seen: core is alive and at it."""
+    """Something else was seen of the turn: core, or the language model, is alive and at it."""
 
     turn_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Handled:
-    """Core has finished with the utterance."""
+    """Core, or the language model, has finished with the utterance."""
 
     turn_id: str
+    tokens: Tokens = NO_TOKENS
+    """What the language model has read and written for it, where that is known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +239,7 @@ Event = (
     | Guessed
     | SkillStarted
     | Spoke
+    | Wrote
     | Called
     | Progressed
     | Handled
@@ -283,6 +296,8 @@ class Converse:
     turn_id: str
     text: str
     wish: Wish
+    speaks: bool
+    """Whether the answer is to be listened to; else it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +455,8 @@ class ReplyStarted:
 class ReplyText:
     turn_id: str
     text: str
+    goes_on: bool = False
+    """Whether it continues the text before it as it is; else it is a sentence of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -480,6 +497,10 @@ class ReplyEnded:
     wish: Wish | None = None
     """Set when the language model has answered without core."""
     calls: tuple[Call, ...] = ()
+    tokens: Tokens = NO_TOKENS
+    """What the language model has read and written, where that is known here."""
+    apology: bool = False
+    """Whether something of it says why there is no answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,8 @@ class Call:
     persona: Persona | None
     sequence: int = 0
     """Number of the session's next line of history."""
+    chosen: frozenset[str] = frozenset()
+    """Fields of the settings that the client has chosen already."""
 
 
 @dataclass(slots=True)
@@ -195,7 +197,7 @@ class Gateway:
             raise BadInput("Only conversation sessions are served here.", code="invalid_value", param="intent")
         voice = await voices.get(self.database, grant.tenant_id)
         model = query.get("model", ["gpt-realtime"])[0][:100]
-        persona = await self._persona(grant, model.removeprefix("persona:") if model.startswith("persona:") else None)
+        persona = await self._asked_for(grant, model)
         settings = self._settings(voice, grant, persona)
         session_id = uuid.uuid4()
         async with self._entered(grant, session_id):
@@ -243,7 +245,9 @@ class Gateway:
             )
             sequence = past[-1].sequence + 1 if past else 0
             new_id = identifiers(row.id)
-            call = Call(scope, receive, send, credential, grant, row.id, new_id, voice, persona, sequence)
+            call = Call(
+                scope, receive, send, credential, grant, row.id, new_id, voice, persona, sequence, frozenset(chosen)
+            )
             await self._serve(call, dataclasses.replace(settings, **chosen), codec)
 
     async def _is_served(self, row: Row) -> bool:
@@ -262,6 +266,15 @@ class Gateway:
         if row.status not in sessions.OPEN or row.config.get("door") == "realtime":
             return None, gone
         return row, (1000, "")
+
+    async def _asked_for(self, grant: Grant, model: str) -> Persona | None:
+        """Who answers a client that asks for this model. Raises `NotFound` for a persona that there is not."""
+        if not model.startswith("persona:"):
+            return await self._persona(grant, None)
+        try:
+            return await self.answers.named(grant.tenant_id, model.removeprefix("persona:"))
+        except NotFound as error:
+            raise NotFound(error.message, code="model_not_found", param="model") from error
 
     async def _persona(self, grant: Grant, wanted: str | None) -> Persona | None:
         """Who answers in a session: whom it names, else the default of its project, else of its tenant."""
@@ -348,13 +361,18 @@ class Gateway:
             outbox=Outbox(call.send, extensions.get(FRAMES), extensions.get(ABORT), self._spawn),
             spawn=self._spawn,
         )
-        own = self._settings(call.voice, grant, None)
+        connection.chosen = call.chosen
+        before = {"voice": settings.voice, "speed": settings.speed, "language": settings.language}
 
         def switched(persona: Persona | None) -> None:
-            """The user talks to somebody else now, in whose name and voice the answers come."""
+            """The user talks to somebody else now, in whose name and voice the answers come.
+
+            What that persona leaves open is as the session began, and what the client has chosen stays.
+            """
             line.context["persona_name"] = _name(persona, call.voice)
-            spoken = manner(persona, self.settings.languages) if persona is not None else {}
-            connection.hear(SettingsWanted({"voice": own.voice, "speed": own.speed, "language": own.language} | spoken))
+            spoken = before | (manner(persona, self.settings.languages) if persona is not None else {})
+            changes = {name: value for name, value in spoken.items() if name not in connection.chosen}
+            connection.hear(SettingsWanted(changes))
 
         talk.on_switch = switched
         visit = Visit(call.session_id, connection, call.credential, grant)

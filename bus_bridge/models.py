@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 LISTENING_RATE = 16_000
 """Hz at which the node listens: voice activity detection and recognition both work on 16-bit mono at this rate."""
@@ -74,6 +74,16 @@ class SessionSettings:
     """None leaves it to the client to commit the audio and ask for a response."""
     input_format: AudioFormat = field(default_factory=AudioFormat)
     output_format: AudioFormat = field(default_factory=AudioFormat)
+
+
+class Tokens(NamedTuple):
+    """What a language model has read and written."""
+
+    input: int = 0
+    output: int = 0
+
+
+NO_TOKENS = Tokens()
 
 
 class TurnStatus(StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unicodedata import category
 
 FIRST = 0.6
 """Seconds of speech before the first guess at it."""
@@ -10,11 +11,20 @@ FIRST = 0.6
 GROWTH = 1.25
 """How much longer than at the last guess an utterance must be for the next: hearing it again costs its whole length."""
 
-_EDGES = re.compile(r"^\W+|\W+$")
+_UNPARTED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese, Japanese
+)
+"""Letters of languages that part no words."""
+
+_WORD = re.compile(rf"\s?(?:[{_UNPARTED}][^\w\s]*|[^\s{_UNPARTED}]+)")
+"""A word with the space before it; of a language without spaces, a character, with the marks that follow it."""
 
 
 class Partials:
     """Words that two guesses in a row agree on are told; they are not taken back before the final transcript.
+
+    Where no spaces part words, characters are compared.
 
     A recogniser changes its mind about the last words as it hears more, and hardly ever about those before.
     """
@@ -39,7 +49,7 @@ class Partials:
     def hear(self, text: str) -> str:
         """Take a guess; returns what is certain now and was not before, with the space that parts it from that."""
         self.guessing = False
-        words = text.split()
+        words = _WORD.findall(" ".join(text.split()))
         agreed = 0
         for one, other in zip(self._before, words, strict=False):
             if _plain(one) != _plain(other):
@@ -48,10 +58,9 @@ class Partials:
         self._before = words
         if agreed <= self._told:
             return ""
-        fresh = " ".join(words[self._told : agreed])
-        begin = " " if self._told else ""
+        fresh = "".join(words[self._told : agreed])
         self._told = agreed
-        return begin + fresh
+        return fresh
 
     def miss(self) -> None:
         """There was no time for the guess."""
@@ -59,4 +68,6 @@ class Partials:
 
 
 def _plain(word: str) -> str:
-    return _EDGES.sub("", word).casefold()
+    """Without case, and what surrounds it; vowel signs, which Python does not count among letters, belong to it."""
+    kept = [place for place, each in enumerate(word) if category(each)[0] not in "PSZ"]
+    return word[kept[0] : kept[-1] + 1].casefold() if kept else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.calls import Wish
+from agentvoicebox.bus_bridge.calls import MOST_MESSAGES, Wish
 from agentvoicebox.bus_bridge.models import (
     BYTES_PER_SECOND,
     SessionSettings,
@@ -54,6 +54,7 @@ class Session:
 
     __slots__ = (
         "_buffer",
+        "_calls",
         "_cancelled",
         "_dialogue",
         "_ended",
@@ -88,6 +89,8 @@ class Session:
         self._last_item: str | None = None
         self._playing_until: float | None = None
         self._playing_turn = ""
+        self._calls: dict[str, None] | None = None
+        """Calls of the conversation that have returned nothing yet, oldest first."""
         self._returned = False
         """Whether calls have returned something that the model has not been told."""
         self._ended = False
@@ -214,10 +217,11 @@ class Session:
         if event.text is not None:
             self._text_added(ev.TextAdded(event.text, event_id=event.event_id), now)
         wish = event.wish
+        utterance = self._unanswered
         if wish is not None and wish.input is not None:
             utterance = None  # what was said last still waits for its answer
-        else:
-            utterance, self._unanswered = self._unanswered, None
+        elif wish is None or not wish.apart:
+            self._unanswered = None
         if utterance is None and wish is None and self._returned:
             wish = Wish()
         if utterance is None and wish is None:
@@ -228,6 +232,16 @@ class Session:
         self._enqueue(turn, now)
 
     def _result_added(self, event: ev.ResultAdded, now: float) -> None:
+        if event.call_id not in (self._calls or ()):
+            message = (
+                f"No call {event.call_id[:64]!r} of this conversation waits for a result. Of a response with an "
+                '`input` of its own, or with `conversation: "none"`, results go into the `input` of the next one.'
+            )
+            self._refuse("unknown_call", message, event.event_id)
+            return
+        assert self._calls is not None
+        del self._calls[event.call_id]
+        self._calls = self._calls or None
         item_id = event.item_id or self._new_id("item")
         self._out.append(ev.ResultCommitted(item_id, self._last_item, event.call_id, event.output))
         self._out.append(ev.Return(event.call_id, event.output))
@@ -412,11 +426,16 @@ class Session:
         turn.stamp(Stamp.ASKED, now)
         turn.deadline = now + MODEL_SILENCE
         self._returned = False
-        self._out.append(ev.Converse(turn.id, text, wish))
+        self._out.append(ev.Converse(turn.id, text, wish, turn.speaks))
 
     def _called(self, event: ev.Called, now: float) -> None:
         if turn := self._current(event.turn_id):
             turn.calls.append(event.call)
+            if turn.wish is not None and turn.wish.joins:
+                self._calls = self._calls if self._calls is not None else {}
+                self._calls[event.call.id] = None
+                if len(self._calls) > MOST_MESSAGES:
+                    del self._calls[next(iter(self._calls))]
             call = {"call_id": event.call.id, "name": event.call.name, "arguments": event.call.arguments}
             self._last_item = item_id = self._new_id("item")
             self._out.append(ev.ReplyCalls(turn.id, item_id, event.call))
@@ -428,8 +447,9 @@ class Session:
             turn.deadline = now + CORE_SILENCE
 
     def _progressed(self, event: ev.Progressed, now: float) -> None:
-        if turn := self._current(event.turn_id):
-            turn.deadline = now + CORE_SILENCE
+        turn = self._current(event.turn_id)
+        if turn is not None and not turn.synthesizing:  # an engine has a limit of its own
+            turn.deadline = max(turn.deadline, now + _patience(turn))
 
     def _spoke(self, event: ev.Spoke, now: float) -> None:
         text = event.text.strip()
@@ -444,6 +464,7 @@ class Session:
         turn.stage = Stage.ANSWERING
         turn.stamp(Stamp.SPOKE, now)
         turn.deadline = now + _patience(turn)
+        turn.apology = turn.apology or event.apology
         if event.expects_response:
             turn.listens = turn.handled = True
             turn.asker = event.turn_id
@@ -452,7 +473,7 @@ class Session:
 
     def _say(self, turn: Turn, text: str, now: float) -> None:
         turn.stamp(Stamp.SPOKE, now)
-        turn.said.append(text)
+        turn.said.append(f" {text}" if turn.said else text)
         turn.pieces += sentences(text)
         self._out.append(ev.ReplyText(turn.id, text))
         if turn.speaks:
@@ -461,6 +482,14 @@ class Session:
             # Nothing is played. A handler that waits for the end of playback is told; one that has ended needs no word.
             self._playing_until = now if turn.listens else now + READING
             self._playing_turn = turn.id
+
+    def _wrote(self, event: ev.Wrote, now: float) -> None:
+        if event.text and (turn := self._current(event.turn_id)):
+            turn.stage = Stage.ANSWERING
+            turn.stamp(Stamp.SPOKE, now)
+            turn.deadline = now + _patience(turn)
+            turn.said.append(event.text)
+            self._out.append(ev.ReplyText(turn.id, event.text, goes_on=True))
 
     def _synthesize_next(self, turn: Turn, now: float) -> None:
         # One at a time: the order is kept, and another session's first words come before this one's last.
@@ -501,6 +530,7 @@ class Session:
         if turn := self._current(event.turn_id):
             turn.stamp(Stamp.HANDLED, now)
             turn.handled = True
+            turn.tokens = event.tokens
             if not turn.speaks and self._playing_turn == turn.id:
                 self._playing_until = None
             self._settle_if_complete(turn, now)
@@ -530,6 +560,8 @@ class Session:
         utterance = turn.utterance
         if utterance is not None and utterance.recognising:
             self._stop_recognising(utterance)
+            if self._unanswered is utterance:
+                self._unanswered = None
             self._out.append(
                 ev.NotUnderstood(utterance.item_id, "cancelled", "The turn ended before it was recognised.")
             )
@@ -589,6 +621,8 @@ class Session:
             listens=turn.listens,
             wish=turn.wish,
             calls=tuple(turn.calls),
+            tokens=turn.tokens,
+            apology=turn.apology,
         )
         content = {
             "turn_id": turn.id,
@@ -704,6 +738,7 @@ _HANDLERS: dict[type, Callable[[Session, Any, float], None]] = {
     ev.SkillStarted: Session._skill_started,
     ev.Progressed: Session._progressed,
     ev.Spoke: Session._spoke,
+    ev.Wrote: Session._wrote,
     ev.Called: Session._called,
     ev.Handled: Session._handled,
     ev.AskFailed: Session._ask_failed,

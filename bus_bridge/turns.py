@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from agentvoicebox.bus_bridge.calls import Call, Wish
-from agentvoicebox.bus_bridge.models import BYTES_PER_SECOND, Stamp, Story, TurnDetection, TurnStatus
+from agentvoicebox.bus_bridge.models import (
+    BYTES_PER_SECOND,
+    NO_TOKENS,
+    Stamp,
+    Story,
+    Tokens,
+    TurnDetection,
+    TurnStatus,
+)
 from agentvoicebox.bus_bridge.partials import Partials
 
 ONSET = 0.06
@@ -178,7 +186,7 @@ class Turn:
     metadata: Mapping[str, str] | None = None
     stage: Stage = Stage.WAITING
     said: list[str] = field(default_factory=list)
-    """What core said, in order."""
+    """What was said, in order, the spaces between sentences included."""
     pieces: list[str] = field(default_factory=list)
     """The same, in stretches that are spoken one by one."""
     synthesized: int = 0
@@ -189,6 +197,9 @@ class Turn:
     wish: Wish | None = None
     """Set when the language model answers without core."""
     calls: list[Call] = field(default_factory=list)
+    tokens: Tokens = NO_TOKENS
+    apology: bool = False
+    """Whether something of what was said is why there is no answer."""
     asker: str = ""
     """The turn whose handler asked something back: it goes on under that turn's id, however many questions follow."""
     audio_seconds: float = 0.0
@@ -200,7 +211,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The whole reply so far."""
-        return " ".join(self.said)
+        return "".join(self.said)
 
     @property
     def complete(self) -> bool:

@@ -93,10 +93,8 @@ class Settings:
 
 _PATHS = ("data", "models", "tls_cert", "tls_key")
 _LISTS = ("languages", "allowed_origins", "trusted_proxies")
-_SECRET = (
-    *("database", "redis", "secrets_keys"),
-    *("openai_key", "anthropic_key", "groq_key", "compatible_key", "deepgram_key"),
-)
+_KEYS = ("openai_key", "anthropic_key", "groq_key", "compatible_key", "deepgram_key")
+_SECRET = ("database", "redis", "secrets_keys", *_KEYS)
 """An address may hold a password."""
 _ADDRESSES = ("openai_url", "anthropic_url", "groq_url", "ollama_url", "compatible_url", "deepgram_url")
 _RANGES = {
@@ -224,14 +222,16 @@ def _convert(name: str, value: Any) -> Any:
         if name == "redis" and not _is_redis(text):
             raise ValueError("must be redis://host:6379/0, rediss://host:6379/0 or unix:///path/to/socket")
         if name in _ADDRESSES and not _is_http(text):
-            raise ValueError("must be an address such as https://host/v1")
+            raise ValueError("must be an address such as https://host/v1, without user name, query or fragment")
+        if name in _KEYS and not (text.isascii() and text.isprintable()):
+            raise ValueError("holds characters that no key has, such as a line's end")
         if name == "base_domain" and not _DOMAIN.fullmatch(text):
             raise ValueError("must be a domain such as voice.example.com")
         if name in _CHOICES and text not in _CHOICES[name]:
             raise ValueError(f"must be one of {', '.join(_CHOICES[name])}")
         return text
     except (ValueError, RuntimeError) as error:
-        shown = "" if name in _SECRET else f"={value!r}"
+        shown = "" if name in _SECRET or name in _ADDRESSES else f"={value!r}"
         raise BadInput(f"Setting {name}{shown}: {error}.", param=name) from error
 
 
@@ -279,7 +279,8 @@ def _is_http(text: str) -> bool:
         port = url.port
     except ValueError:
         return False
-    return url.scheme in ("http", "https") and bool(url.hostname) and port != 0
+    plain = url.username is None and url.password is None and not {"?", "#", " "} & {*text} and text.isprintable()
+    return url.scheme in ("http", "https") and bool(url.hostname) and port != 0 and plain
 
 
 def _is_redis(text: str) -> bool:

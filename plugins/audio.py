@@ -1,4 +1,4 @@
-"""Audio in the forms that people have it: files in, 16 kHz 16-bit mono out; rate, volume, noise and length.
+"""Audio in the forms that people have it: files in, 16 kHz 16-bit mono out; volume, noise and length.
 
 The only module that parses what strangers upload, so it is narrow on purpose: FFmpeg, through PyAV, is told by the
 first bytes which of four demuxers to use, may open decoders of sound only, and nothing but the bytes it was given. What
@@ -34,8 +34,13 @@ _DECODERS = (
     *("adpcm_ms", "adpcm_ima_wav", "mp3", "mp3float", "flac", "vorbis", "opus", "libopus"),
 )
 
-_RATES = range(2_000, 384_001)
+_RATES = range(2_000, 192_001)
 """Hz a file may have; a header can claim anything."""
+
+_CHANNELS = range(1, 9)
+
+_WORK = 2 * 96_000
+"""Values (samples of all channels) a second of what may be sent: a few kilobytes can unpack to billions of them."""
 
 _LOUDNESS, _PEAK, _MOST_GAIN = 0.1, 0.89, 30.0
 """RMS wanted (-20 dB), peak allowed (-1 dB), and the factor above which noise would become loud, not speech."""
@@ -52,7 +57,8 @@ def decode(data: bytes, *, longest: float) -> bytes:
 
     The content decides what it is. A file that breaks off, or is damaged on the way, gives what could be decoded of it.
     Raises `BadInput`: `audio_empty` where there is no sound, `audio_unreadable` where it is something else or nothing
-    could be decoded; `TooLarge` with `audio_too_long` for more than `longest` seconds.
+    could be decoded; `TooLarge` with `audio_too_long` for more than `longest` seconds, or more values than so many
+    seconds of stereo at 96 kHz have.
     """
     if not data:
         raise BadInput("The audio file is empty.", code="audio_empty", param="file")
@@ -70,13 +76,6 @@ def decode(data: bytes, *, longest: float) -> bytes:
     if broken is None:
         raise BadInput("There is no sound in the audio file.", code="audio_empty", param="file")
     raise _unreadable() from broken
-
-
-def at_rate(pcm: bytes, rate: int, wanted: int) -> bytes:
-    """16-bit mono audio at `rate` Hz, at `wanted` Hz."""
-    if rate == wanted:
-        return pcm
-    return bytes(soxr.resample(_samples(pcm), rate, wanted).astype("<i2").tobytes())
 
 
 def normalised(pcm: bytes) -> bytes:
@@ -158,15 +157,22 @@ def _picture(stream: Any) -> bool:
 
 def _converted(frames: Iterator[av.AudioFrame], longest: float) -> Iterator[bytes]:
     """The frames at 16 kHz, 16-bit mono. Raises `TooLarge` after `longest` seconds."""
-    seconds, rate = 0.0, 0
+    seconds, values, rate = 0.0, 0, 0
     stream: Any = None
     for frame in frames:
-        if frame.sample_rate not in _RATES:
-            raise _unreadable()
+        channels = frame.layout.nb_channels
+        if frame.sample_rate not in _RATES or channels not in _CHANNELS:
+            raise BadInput(
+                "The audio has more than 8 channels, or a rate beyond 2 to 192 kHz: send mono at 16 kHz.",
+                code="audio_unreadable",
+                param="file",
+            )
         seconds += frame.samples / frame.sample_rate
-        if seconds > longest:
+        values += frame.samples * channels
+        if seconds > longest or values > longest * _WORK:
             raise TooLarge(
-                f"The audio is longer than {longest:g} s: send a shorter piece of it.",
+                f"The audio is longer than {longest:g} s, or as much at a high rate of many channels: send a shorter "
+                "piece of it, or mono at 16 kHz.",
                 code="audio_too_long",
                 param="file",
             )

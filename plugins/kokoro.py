@@ -48,6 +48,7 @@ LANGUAGES = {
 _GENDERS = {"f": "female", "m": "male"}
 
 _SAMPLES = {
+    "de": "Guten Tag, so klingt diese Stimme. Was kann ich heute für dich tun?",
     "en": "Hello, this is how I sound. What can I do for you today?",
     "es": "Hola, así suena mi voz. ¿En qué puedo ayudarte hoy?",
     "fr": "Bonjour, voici ma voix. Que puis-je faire pour vous aujourd'hui ?",
@@ -80,10 +81,11 @@ def sample(language: str) -> str:
 class KokoroTTS(TTS):  # type: ignore[misc]
     """Configuration: `model`, the directory with the files of the release; `voice` (am_onyx); `speed` (1.0); `threads`.
 
-    `threads` is how many cores one clause is synthesised with: all, up to 4.
+    `threads` is how many cores one clause is synthesised with: all, up to 4; `cores`, how many there are for it (all).
     """
 
     thread_safe = True
+    shares_cores = True
 
     def __init__(self, config: dict[str, Any] | None = None, **more: Any) -> None:
         # The stock cache is shared by everyone who says the same sentence: it would speak with another's speed.
@@ -93,7 +95,7 @@ class KokoroTTS(TTS):  # type: ignore[misc]
             raise Unavailable(
                 f"Kokoro's model is not in {directory}: fetch it with `avb models pull kokoro`.", code="models_missing"
             )
-        cores = os.cpu_count() or 1
+        cores = int(self.config.get("cores") or os.cpu_count() or 1)
         threads = int(self.config.get("threads") or min(4, cores))
         try:
             self._kokoro, self._styles = _load(directory, threads)

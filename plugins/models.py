@@ -173,6 +173,7 @@ def choose(engine: str, models_dir: Path, whisper: str = "base") -> Choice:
     Raises `Unavailable` naming the remedy when `models` are wanted and one is missing.
     """
     ear, voice = defaults(whisper)
+    good = wanted(models_dir, whisper)
     missing = [name for name in (ear, voice) if not installed(name, models_dir)]
     if engine == "models" and missing:
         raise Unavailable(
@@ -180,14 +181,18 @@ def choose(engine: str, models_dir: Path, whisper: str = "base") -> Choice:
             code="models_missing",
         )
     offline = [ear, voice] if engine == "offline" else missing
-    stt, tts = _offline_stt(), _offline_tts()
-    if ear not in offline:
-        stt = whisper_spec(models_dir, whisper, vad=True)
-    if voice not in offline:
-        tts = _spec("tts", "agentvoicebox-tts-kokoro", model=str(models_dir / voice))
+    stt = _offline_stt() if ear in offline else good.stt
+    tts = _offline_tts() if voice in offline else good.tts
     engines = [{ear: "pocketsphinx", voice: "flite"}[name] for name in offline]
     notice = NOTICE.format(engines=", ".join(engines), models=" ".join(offline)) if offline else None
     return Choice(stt, tts, notice)
+
+
+def wanted(models_dir: Path, whisper: str = "base") -> Choice:
+    """The good ear and the good voice, wherever their models are: a worker's are in a directory of its own."""
+    _, voice = defaults(whisper)
+    tts = _spec("tts", "agentvoicebox-tts-kokoro", model=str(models_dir / voice))
+    return Choice(whisper_spec(models_dir, whisper, vad=True), tts, None)
 
 
 def whisper_spec(models_dir: Path, model: str, *, vad: bool) -> EngineSpec:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from functools import cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ovos_bus_client.message import Message
@@ -171,7 +172,8 @@ class _Answer:
             apology = "no_answer"
         if apology is not None:
             LOG.warning(f"the persona has no answer, or half of one: {apology}")
-            self._say([_sentence("broke_off" if self._spoken else _reason(apology), self._language)])
+            why = _sentence("broke_off" if self._spoken else _reason(apology), self._language)
+            self._say([why], {"skill": SKILL, "avb": "apology"})  # which the bridge does not remember as an answer
 
     def end(self) -> None:
         """The turn is over, whatever has become of it."""
@@ -179,11 +181,11 @@ class _Answer:
             self._timer.cancel()
         self._bus.emit(self._question.forward("ovos.utterance.handled", {"name": SKILL}))
 
-    def _say(self, sentences: list[str]) -> None:
+    def _say(self, sentences: list[str], meta: Mapping[str, str] = MappingProxyType({"skill": SKILL})) -> None:
         for sentence in sentences:
             if words := speakable(sentence):
                 self._spoken = True
-                data = {"utterance": words, "lang": self._language, "expect_response": False, "meta": {"skill": SKILL}}
+                data = {"utterance": words, "lang": self._language, "expect_response": False, "meta": dict(meta)}
                 self._emit("speak", data)
 
     def _emit(self, kind: str, data: Mapping[str, Any]) -> None:

@@ -43,6 +43,8 @@ class RemoteSTT(STT):  # type: ignore[misc]
     parallel = 32
     """Calls that one instance makes at once; the pool has a thread for each."""
     batch = 1
+    memory = 4 << 20
+    """Bytes that it holds, about: connections and threads."""
     service: ClassVar[str]
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:

@@ -26,6 +26,7 @@ from ovos_utils import classproperty
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
 from agentvoicebox.plugins.pool import cancelled
+from agentvoicebox.plugins.pool.line import Crowded
 
 if TYPE_CHECKING:
     from agentvoicebox.plugins.pool.runner import Heard
@@ -60,6 +61,12 @@ _MOST_SECONDS = 32
 _PIECE = 28.0
 """Seconds of the pieces, cut at silences, in which a longer utterance is heard."""
 
+_UNPACKED = {"int8": 0.5, "float32": 2.0}
+"""Bytes of weights in memory for each byte of a file, which has 16-bit ones."""
+
+_WORKING = 100 << 20
+"""Bytes for all that is not weights, generously."""
+
 _SHORTEST = 0.1
 """Seconds below which nothing is a word."""
 
@@ -88,15 +95,17 @@ _ALSO_CALLED = {"cmn": "zh", "fil": "tl", "in": "id", "iw": "he", "ji": "yi", "j
 
 class WhisperSTT(STT):  # type: ignore[misc]
     """Configuration: `model`, a directory as `avb models pull` leaves it; `vad` (true), whether silence is cut out
-    before anything is encoded; `parallel`, workers of one thread each (the cores, at most 8); `device` (`auto`, or
-    `cpu` also where there is CUDA); `compute_type` (int8, on CUDA float16)."""
+    before anything is encoded; `parallel`, workers of one thread each (the cores, at most 8); `cores`, how many there
+    are for it (all); `device` (`auto`, or `cpu` also where there is CUDA); `compute_type` (int8, on CUDA float16)."""
 
     thread_safe = True
+    shares_cores = True
 
     def __init__(self, config: dict[str, Any] | None = None) -> None:
         """Raises `Unavailable`: `models_missing`, `model_broken`, or `engine_missing` without faster-whisper."""
         super().__init__(config)
-        self.parallel = max(1, int(self.config.get("parallel") or min(8, os.cpu_count() or 1)))
+        cores = int(self.config.get("cores") or os.cpu_count() or 1)
+        self.parallel = max(1, int(self.config.get("parallel") or min(8, cores)))
         self._vad = bool(self.config.get("vad", True))
         self._ear = _load(
             Path(self.config.get("model") or ""),
@@ -105,6 +114,7 @@ class WhisperSTT(STT):  # type: ignore[misc]
             str(self.config.get("compute_type") or "auto"),
         )
         self.batch = self._ear.together
+        self.memory = self._ear.memory
 
     @classproperty  # type: ignore[untyped-decorator]
     def available_languages(cls) -> set[str]:
@@ -159,7 +169,8 @@ class WhisperSTT(STT):  # type: ignore[misc]
     def _long(self, utterance: _Utterance) -> Found:
         """What is said in more than 30 s, piece by piece; the language is found once."""
         if utterance.tentative:
-            raise Unavailable(f"Speech of more than {WHOLE} s is transcribed when it has ended.", code="busy")
+            # Said of the guess alone: the engine is well, and no pool may leave it alone for this.
+            raise Crowded(f"Speech of more than {WHOLE} s is transcribed when it has ended.", code="busy")
         guesses: list[_Guess] = []
         language = utterance.language
         for samples in _pieces(utterance.samples):
@@ -238,8 +249,10 @@ class _Guess:
 class _Ear:
     """A loaded model; works in several threads at once."""
 
-    def __init__(self, whisper: Any) -> None:
+    def __init__(self, whisper: Any, stored: int) -> None:
         self._whisper = whisper
+        self.memory = int(stored * _UNPACKED.get(whisper.model.compute_type.partition("_")[0], 1)) + _WORKING
+        """Bytes that it holds, about; `stored` is what its files take."""
         self.together = _TOGETHER[whisper.model.device]
         self._multilingual = bool(whisper.model.is_multilingual)
         token = whisper.hf_tokenizer.token_to_id
@@ -402,7 +415,8 @@ def _load(directory: Path, workers: int, device: str, compute_type: str) -> _Ear
 
     def loaded(place: str, fastest: str) -> _Ear:
         kind = fastest if compute_type == "auto" else compute_type
-        ear = _Ear(WhisperModel(str(directory), device=place, compute_type=kind, cpu_threads=1, num_workers=workers))
+        whisper = WhisperModel(str(directory), device=place, compute_type=kind, cpu_threads=1, num_workers=workers)
+        ear = _Ear(whisper, (directory / "model.bin").stat().st_size)
         # What does not fit together shows only when it works; better now than in somebody's turn.
         ear.hear([_Utterance(np.zeros(RATE, np.float32), None if len(ear.languages) > 1 else "en")])
         return ear

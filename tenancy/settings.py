@@ -18,12 +18,15 @@ from agentvoicebox.tenancy import audit, models
 from agentvoicebox.tenancy.checks import chosen, number, public_url, shaped, yes_or_no
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import Action, VoiceProvider
+from agentvoicebox.tenancy.voices import WHISPER_MODELS
 
 MOST_NETWORKS = 100
 """Each request of the tenant is compared with all of them."""
 
 _COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]*")
+
+_STT_MODELS = ("auto", *WHISPER_MODELS)
 
 Network = IPv4Network | IPv6Network
 
@@ -37,6 +40,7 @@ class Settings:
     primary_color: str = "#6366f1"
     default_voice_provider: str = VoiceProvider.LOCAL
     default_stt_model: str = "base"
+    """A Whisper model, tiny to large-v3; `auto` and the default leave it to the operator."""
     default_tts_voice: str = "am_onyx"
     default_llm_provider: str = "groq"
     default_llm_model: str = "llama-3.1-8b-instant"
@@ -57,7 +61,6 @@ class Settings:
         provider = chosen(self.default_voice_provider, "default_voice_provider", VoiceProvider)
         object.__setattr__(self, "default_voice_provider", provider)
         for param, longest in (
-            ("default_stt_model", 50),
             ("default_tts_voice", 50),
             ("default_llm_provider", 50),
             ("default_llm_model", 100),
@@ -65,6 +68,8 @@ class Settings:
             like = f"a name of letters, digits and . _ : / + -, at most {longest} characters"
             if len(shaped(getattr(self, param), param, _NAME, like)) > longest:
                 raise BadInput(f"{param} must be {like}.", param=param)
+        if self.default_stt_model not in _STT_MODELS:
+            raise BadInput(f"default_stt_model must be {', '.join(_STT_MODELS)}.", param="default_stt_model")
         yes_or_no(self.email_notifications_enabled, "email_notifications_enabled")
         yes_or_no(self.require_mfa, "require_mfa")
         number(self.session_timeout_minutes, "session_timeout_minutes", 5, 1440)
@@ -170,6 +175,8 @@ async def _write(
 
 def _read(row: models.TenantSettings) -> Settings:
     stored = {field.name: getattr(row, field.name) for field in fields(Settings)}
+    if stored["default_stt_model"] not in _STT_MODELS:  # earlier releases took any name
+        stored["default_stt_model"] = "auto"
     return Settings(**{**stored, "allowed_ip_ranges": tuple(row.allowed_ip_ranges)})
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge import wire
-from agentvoicebox.bus_bridge.models import SessionSettings, TurnStatus
+from agentvoicebox.bus_bridge.models import SessionSettings, Tokens, TurnStatus
 from agentvoicebox.bus_bridge.realtime import requests
 
 _PCM = {"type": "audio/pcm", "rate": 24_000}
@@ -85,6 +85,8 @@ class RealtimeCodec:
 
     def decode(self, frame: str | bytes, settings: SessionSettings) -> list[ev.Event | ev.AudioAppended]:
         """What the client wants. Raises `WireError`, and nothing else."""
+        if len(frame) > requests.MAX_EVENT:
+            return [requests.decode_large(frame)]
         return [requests.decode(wire.decode(frame, requests.DECODER), settings)]
 
     def problem(self, told: ev.Problem) -> str:
@@ -198,7 +200,7 @@ class RealtimeCodec:
         reply = self._replies.get(told.turn_id)
         if reply is None:
             return []
-        delta = f" {told.text}" if reply.text else told.text
+        delta = told.text if told.goes_on or not reply.text else f" {told.text}"
         reply.text += delta
         kind = "response.output_audio_transcript.delta" if reply.speaks else "response.output_text.delta"
         return [
@@ -247,7 +249,7 @@ class RealtimeCodec:
         if reply.begun:
             frames, item = self._close_item(told, reply)
             output.insert(reply.index, item)
-        usage = _usage(self._heard, told.audio_seconds)
+        usage = _usage(self._heard, told.audio_seconds, told.tokens)
         self._heard = 0.0
         response = self._response(told.turn_id, reply, settings, told.status, _details(told), output, usage)
         return [*frames, self._frame("response.done", response=response)]
@@ -366,13 +368,17 @@ def _details(told: ev.ReplyEnded) -> dict[str, Any] | None:
     return None
 
 
-def _usage(heard: float, spoken: float) -> dict[str, Any]:
-    """Token counts in the protocol's shape. There is no language model in the turn, so text tokens are none."""
+def _usage(heard: float, spoken: float, text: Tokens) -> dict[str, Any]:
+    """Token counts in the protocol's shape: audio by its length, text as the language model's provider counts it.
+
+    Text is 0 where core has answered: what the persona uses there is in the ledger and in the session's record.
+    """
     source, sink = round(heard * _INPUT_TOKENS_PER_SECOND), round(spoken * _OUTPUT_TOKENS_PER_SECOND)
+    read = {"text_tokens": text.input, "audio_tokens": source, "image_tokens": 0, "cached_tokens": 0}
     return {
-        "total_tokens": source + sink,
-        "input_tokens": source,
-        "output_tokens": sink,
-        "input_token_details": {"text_tokens": 0, "audio_tokens": source, "image_tokens": 0, "cached_tokens": 0},
-        "output_token_details": {"text_tokens": 0, "audio_tokens": sink},
+        "total_tokens": source + sink + text.input + text.output,
+        "input_tokens": source + text.input,
+        "output_tokens": sink + text.output,
+        "input_token_details": read,
+        "output_token_details": {"text_tokens": text.output, "audio_tokens": sink},
     }

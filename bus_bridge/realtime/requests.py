@@ -25,6 +25,12 @@ MAX_TEXT = 8000
 MAX_OUTPUT = 100_000
 """Characters of what a call returned."""
 
+MAX_EVENT = 256 * 1024
+"""Characters of one event other than `input_audio_buffer.append`."""
+
+MAX_TOOLS = 200_000
+"""Characters of all functions of a session or response as JSON."""
+
 Metadata = Annotated[
     dict[
         Annotated[str, msgspec.Meta(max_length=64)],
@@ -119,6 +125,14 @@ class Tool(msgspec.Struct):
 Tools = Annotated[list[Tool], msgspec.Meta(max_length=64)]
 
 
+def tools_told(tools: list[Tool], param: str, event_id: str | None) -> tuple[dict[str, Any], ...]:
+    """All of them as chat completions have them. Raises `WireError`."""
+    told = tuple(tool.told() for tool in tools)
+    if len(msgspec.json.encode(told)) > MAX_TOOLS:
+        raise WireError("invalid_value", f"All tools together are at most {MAX_TOOLS} characters.", param, event_id)
+    return told
+
+
 class ToolNamed(msgspec.Struct):
     """The function that is to be called, whatever was asked."""
 
@@ -158,7 +172,7 @@ class SessionRequest(msgspec.Struct):
             raise WireError("invalid_value", "Only sessions of type `realtime` are served.", "session.type", event_id)
         found: dict[str, object] = {}
         if not isinstance(self.tools, UnsetType):
-            found["tools"] = tuple(tool.told() for tool in self.tools)
+            found["tools"] = tools_told(self.tools, "session.tools", event_id)
         if not isinstance(self.tool_choice, UnsetType):
             found["tool_choice"] = choice_told(self.tool_choice)
         if not isinstance(self.instructions, UnsetType):
@@ -290,7 +304,7 @@ class ResponseRequest(msgspec.Struct):
             return None
         return Wish(
             instructions=self.instructions or "",
-            tools=None if self.tools is None else tuple(tool.told() for tool in self.tools),
+            tools=None if self.tools is None else tools_told(self.tools, "response.tools", event_id),
             tool_choice=None if self.tool_choice is None else choice_told(self.tool_choice),
             input=None if self.input is None else tuple(item.told(event_id) for item in self.input),
             apart=apart,
@@ -338,6 +352,21 @@ DECODER = msgspec.json.Decoder(
     | ItemDelete
     | OutputClear
 )
+
+
+_APPEND_DECODER = msgspec.json.Decoder(Append)
+
+
+def decode_large(frame: str | bytes) -> ev.AudioAppended:
+    """An event of more than `MAX_EVENT` characters: audio, and nothing else is even read. Raises `WireError`."""
+    try:
+        if isinstance(frame, str) and "input_audio_buffer.append" in frame:
+            return _APPEND_DECODER.decode(frame).event()
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        pass
+    raise WireError(
+        "event_too_large", f"Beside valid `input_audio_buffer.append`, events have at most {MAX_EVENT} characters."
+    )
 
 
 def decode(event: ClientEvent, settings: SessionSettings) -> ev.Event | ev.AudioAppended:

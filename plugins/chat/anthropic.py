@@ -109,10 +109,6 @@ class Anthropic:
         if count.finish is None:
             raise ProviderFailed("provider_broke_off")
 
-    async def models(self) -> list[str]:
-        """The models that the key may use."""
-        return [each.id for each in (await self._client.models.list(limit=1000)).data]
-
     async def close(self) -> None:
         """Close all connections."""
         await self._client.close()
@@ -148,8 +144,6 @@ def messages(request: Request) -> dict[str, Any]:
         asked["tools"] = [_tool(each["function"]) for each in request.tools]
         if (choice := _choice(request.tool_choice)) is not None:
             asked["tool_choice"] = choice
-    if request.user:
-        asked["metadata"] = {"user_id": request.user}
     return asked
 
 

@@ -6,6 +6,7 @@ Nothing is tried again once a piece of the answer has been handed on: a listener
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import ssl
 from collections import OrderedDict
@@ -17,9 +18,11 @@ from typing import Final, Protocol, TypeVar
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
 from agentvoicebox.plugins.breaker import Breaker
+from agentvoicebox.plugins.chat import connections
 from agentvoicebox.plugins.chat.connections import Reach
 from agentvoicebox.plugins.chat.errors import OUR_OWN_FAULT, WORTH_A_RETRY, ProviderFailed, named
 from agentvoicebox.plugins.chat.metrics import ChatMetrics, Metrics
+from agentvoicebox.plugins.chat.pieces import checked, valid
 from agentvoicebox.plugins.chat.request import Delta, Endpoint, Request, measure
 from agentvoicebox.plugins.chat.tokens import Count, Tokens
 
@@ -33,8 +36,9 @@ CLASSES: Final = {
 """The module here and the class for each provider; imported at first use, since an SDK takes a second to import."""
 CLIENTS_KEPT: Final = 64
 """Clients that nobody uses but that stay connected."""
-KEPT: Final = 1024
-"""Endpoints of which we remember how well they are."""
+KEPT: Final = 4096
+"""Models at endpoints of which we remember how well they are, for each tenant."""
+log = logging.getLogger(__name__)
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -46,9 +50,6 @@ class Client(Protocol):
         self, model: str, request: Request, count: Count, *, temperature: float | None
     ) -> AsyncGenerator[Delta, None]:
         """The answer, save its end, which `count` holds; may raise anything."""
-
-    async def models(self) -> list[str]:
-        """The names of the models."""
 
     async def close(self) -> None:
         """Close all connections."""
@@ -118,19 +119,20 @@ class _Attempt:
     request: Request
     temperature: float | None
     count: Count
-    breaker: Breaker
     metrics: ChatMetrics
     patience: Patience
     give_up: float
     now: Callable[[], float] = field(default_factory=lambda: asyncio.get_running_loop().time)
     begun: bool = False
+    unsendable: bool = False
+    """Whether the SDK is still making the request: what goes wrong now is the request's own fault."""
     _start: float = 0.0
 
     def deltas(self, client: Client) -> AsyncGenerator[Delta, None]:
         """Send the request. An SDK that had to be imported first has not used up the provider's time."""
-        self.metrics.requests += 1
         self._start = self.now()
-        self.count.send()
+        self.unsendable = True
+        connections.sending.set(self._sent)
         return client.deltas(self.model, self.request, self.count, temperature=self.temperature)
 
     async def next(self, deltas: AsyncGenerator[Delta, None]) -> Delta | None:
@@ -144,6 +146,9 @@ class _Attempt:
         async with asyncio.timeout_at(until):
             delta = await anext(deltas, None)
         if delta is not None:
+            if delta.tool_calls:
+                delta.tool_calls = checked(delta.tool_calls)
+            delta.text = valid(delta.text)
             if not self.begun:
                 self.begun = True
                 self.metrics.first.add(self.now() - self._start)
@@ -152,7 +157,6 @@ class _Attempt:
 
     def ended(self) -> Delta:
         """The answer is complete: its last delta."""
-        self.breaker.succeeded()
         self.metrics.used(self.count.tokens())
         self.metrics.whole.add(self.now() - self._start)
         return Delta(finish=self.count.ending, tokens=self.count.tokens())
@@ -161,23 +165,58 @@ class _Attempt:
         """The provider has failed, unless it had told the end already: what goes wrong after that is no matter."""
         if self.count.finish is not None:
             return None
-        (self.breaker.undecided if error.code in OUR_OWN_FAULT else self.breaker.failed)()
         self.metrics.failures[error.code] += 1
         if not self.begun:
-            self.count.unsend()
+            self.count.sent = False  # and charges nothing
         error.tokens = self.count.tokens()
         self.metrics.used(error.tokens)
         return error
 
     def abandoned(self) -> None:
         """Nobody listens any more."""
-        (self.breaker.succeeded if self.begun else self.breaker.undecided)()
         self.metrics.used(self.count.tokens())
 
-    def refused(self) -> None:
-        """Nothing was sent."""
-        self.count.unsend()
-        self.breaker.undecided()
+    def _sent(self) -> None:
+        if not self.count.sent:
+            self.metrics.requests += 1
+        self.count.sent, self.unsendable = True, False
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """Whether to ask a model at an endpoint, for one tenant: of what a request can cause, others notice nothing."""
+
+    own: Breaker
+    common: Breaker
+    """Of all tenants; it counts only that nobody was reached, which no request can cause."""
+
+    def admit(self) -> None:
+        """Raises `Unavailable` (circuit_open); else tell how it ended."""
+        self.own.admit()
+        try:
+            self.common.admit()
+        except Unavailable:
+            self.own.undecided()
+            raise
+
+    def succeeded(self) -> None:
+        self.own.succeeded()
+        self.common.succeeded()
+
+    def undecided(self) -> None:
+        self.own.undecided()
+        self.common.undecided()
+
+    def failed(self, code: str) -> None:
+        """After the last attempt."""
+        if code in OUR_OWN_FAULT:
+            self.undecided()
+        elif code == "provider_unreachable":
+            self.common.failed()
+            self.own.undecided()
+        else:
+            self.own.failed()
+            self.common.succeeded()
 
 
 @dataclass(slots=True)
@@ -194,31 +233,24 @@ class Chats:
         self._reach = reach or Reach()
         self._kept: OrderedDict[Endpoint, _Kept] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
-        self._breakers: OrderedDict[Endpoint, Breaker] = OrderedDict()
+        self._breakers: OrderedDict[tuple[Endpoint, str, str | None], Breaker] = OrderedDict()
         self._temperate: OrderedDict[tuple[Endpoint, str], None] = OrderedDict()
         self._metrics = Metrics()
 
-    def stream(self, choices: Sequence[tuple[Endpoint, str]], request: Request) -> Answer:
+    def stream(self, choices: Sequence[tuple[Endpoint, str]], request: Request, tenant: str = "") -> Answer:
         """Ask the first of `choices` (endpoint and model); the next ones if it does not begin to answer.
 
+        Who keeps failing for a `tenant` is left alone for that tenant, who cannot be reached for all of them.
+
         The last delta has `finish` and `tokens`. Raises here `BadInput` (prompt_too_long, messages_invalid,
-        parameter_invalid), and while iterating `ProviderFailed` or, when all choices are left alone because they kept
-        failing, `Unavailable` (circuit_open); or, without choices, `Unavailable` (no_provider). These and
-        `CancelledError` have the attribute `tokens`, which is also that of the answer.
+        parameter_invalid), and while iterating `BadInput` for what this provider has no form for, `ProviderFailed` or,
+        when all choices are left alone because they kept failing, `Unavailable` (circuit_open); or, without choices,
+        `Unavailable` (no_provider). These and `CancelledError` have the attribute `tokens`, which is also that of the
+        answer.
         """
         answer = Answer()
-        answer._deltas = self._stream(choices, request, measure(request), answer)
+        answer._deltas = self._stream(choices, request, measure(request), answer, tenant)
         return answer
-
-    async def models(self, endpoint: Endpoint) -> list[str]:
-        """The models that `endpoint` offers, sorted. Raises `ProviderFailed`."""
-        failure: ProviderFailed
-        try:
-            async with asyncio.timeout(self._patience.first), self._client(endpoint) as client:
-                return sorted(await client.models())
-        except Exception as error:
-            failure = named(error)
-        raise failure  # out here, so that it does not carry the other one along
 
     def metrics(self) -> list[ChatMetrics]:
         """What was asked, by provider and model."""
@@ -230,37 +262,44 @@ class Chats:
         await asyncio.gather(*self._closing, *(each.client.close() for each in kept.values()))
 
     async def _stream(
-        self, choices: Sequence[tuple[Endpoint, str]], request: Request, size: int, answer: Answer
+        self, choices: Sequence[tuple[Endpoint, str]], request: Request, size: int, answer: Answer, tenant: str
     ) -> AsyncGenerator[Delta, None]:
         give_up = asyncio.get_running_loop().time() + self._patience.begin
         failure: AvbError = Unavailable("No language model is configured; choose one.", code="no_provider")
         for endpoint, model in choices:
+            health = self._health(endpoint, model, tenant)
+            try:
+                health.admit()
+            except Unavailable as error:
+                failure = error
+                continue
             for number in range(1, self._patience.attempts + 1):
-                attempt = self._attempt(endpoint, model, size, request, give_up)
-                try:
-                    attempt.breaker.admit()
-                except Unavailable as error:
-                    failure = error
-                    break
-                answer._attempt = attempt
+                attempt = answer._attempt = self._attempt(endpoint, model, size, request, give_up)
                 failed: ProviderFailed | None = None
                 try:
                     async with self._client(endpoint) as client, aclosing(attempt.deltas(client)) as deltas:
                         while (delta := await attempt.next(deltas)) is not None:
                             yield delta
                 except (asyncio.CancelledError, GeneratorExit) as error:
+                    (health.succeeded if attempt.begun else health.undecided)()
                     attempt.abandoned()
                     error.tokens = attempt.count.tokens()  # type: ignore[union-attr]
                     raise
                 except BadInput:  # it could not be translated for this provider
-                    attempt.refused()
+                    health.undecided()
                     raise
                 except Exception as error:
+                    if attempt.unsendable and not isinstance(error, TimeoutError):
+                        health.undecided()
+                        log.warning("a request is none for %s: %s", endpoint.provider, type(error).__name__)
+                        raise _unsendable() from None
                     failed = attempt.failed(named(error))
                 if failed is None:
+                    health.succeeded()
                     yield attempt.ended()
                     return
                 if attempt.begun:
+                    health.failed(failed.code)
                     raise failed
                 failure = failed
                 if failed.about == "temperature" and attempt.temperature is not None:
@@ -269,9 +308,21 @@ class Chats:
                 pause = self._pause(failed, number)
                 if pause is None or number == self._patience.attempts or attempt.now() + pause >= give_up:
                     break
-                await asyncio.sleep(pause)
+                try:
+                    await asyncio.sleep(pause)
+                except asyncio.CancelledError:
+                    health.undecided()
+                    raise
+            health.failed(failure.code)
         failure.tokens = Tokens(0, 0)  # type: ignore[attr-defined]
         raise failure
+
+    def _health(self, endpoint: Endpoint, model: str, tenant: str) -> _Health:
+        def of(whom: str | None) -> Breaker:
+            key = endpoint, model, whom
+            return self._breakers.get(key) or _remember(self._breakers, key, Breaker())
+
+        return _Health(of(tenant), of(None))
 
     def _attempt(self, endpoint: Endpoint, model: str, size: int, request: Request, give_up: float) -> _Attempt:
         return _Attempt(
@@ -280,7 +331,6 @@ class Chats:
             request,
             None if (endpoint, model) in self._temperate else request.temperature,
             Count(size, request.max_tokens),
-            self._breakers.get(endpoint) or _remember(self._breakers, endpoint, Breaker()),
             self._metrics.of(endpoint.provider, model),
             self._patience,
             give_up,
@@ -319,6 +369,14 @@ class Chats:
             task = asyncio.create_task(self._kept.pop(endpoint).client.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+def _unsendable() -> BadInput:
+    return BadInput(
+        "The model's provider has no form for this request; check the messages and the tools.",
+        code="messages_invalid",
+        param="messages",
+    )
 
 
 def _load(provider: str) -> Callable[[Endpoint, Reach], Client]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -26,6 +27,8 @@ ADDRESSES_TRIED: Final = 3
 NEVER_SENT: Final = ("openai-organization", "openai-project")
 """Headers that SDKs take from the environment of the process, whoever the endpoint belongs to."""
 KEYS: Final = ("authorization", "x-api-key")
+sending: ContextVar[Callable[[], None]] = ContextVar("sending")
+"""Is called when an SDK has made the request that it was asked for: what goes wrong before is no provider's fault."""
 CONNECTIONS_KEPT: Final = 64
 
 # Below warnings, SDKs repeat what was sent and to whom.
@@ -116,6 +119,7 @@ def _cleaner(endpoint: Endpoint) -> Callable[[Any], Awaitable[None]]:
     async def clean(request: Any) -> None:
         for name in unwanted:
             request.headers.pop(name, None)
+        sending.get()()
 
     return clean
 

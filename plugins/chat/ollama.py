@@ -54,10 +54,6 @@ class Ollama:
                     return
         raise ProviderFailed("provider_broke_off")
 
-    async def models(self) -> list[str]:
-        """The models that the server has."""
-        return [each.model for each in (await self._client.list()).models if each.model]
-
     async def close(self) -> None:
         """Close all connections."""
         await self._client.close()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from openai import AsyncOpenAI
 
 from agentvoicebox.plugins.chat.connections import Lines, Reach, drain, expect, options
 from agentvoicebox.plugins.chat.errors import ProviderFailed
+from agentvoicebox.plugins.chat.pieces import MOST_CALLS
 from agentvoicebox.plugins.chat.request import Delta, Endpoint, Request
 from agentvoicebox.plugins.chat.tokens import Count
 
@@ -94,8 +95,6 @@ class OpenAIShaped:
             body["tools"] = request.tools
             if request.tool_choice is not None:
                 body["tool_choice"] = request.tool_choice
-        if request.user:
-            body["user"] = request.user
         create = self._client.chat.completions.with_streaming_response.create
         async with create(model=model, messages=[], stream=True, extra_body=body) as response:
             expect(response.headers)
@@ -114,10 +113,6 @@ class OpenAIShaped:
                     yield delta
         if count.finish is None:
             raise ProviderFailed("provider_broke_off")
-
-    async def models(self) -> list[str]:
-        """The models that the key may use."""
-        return [each.id for each in (await self._client.models.list()).data]
 
     async def close(self) -> None:
         """Close all connections."""
@@ -141,7 +136,8 @@ class OpenAIShaped:
             count.think(thought)
         text = piece.content or piece.refusal or ""
         if piece.tool_calls:
-            return Delta(text, [_wire(call) for call in piece.tool_calls])
+            # One more than a whole answer may have is enough to refuse it.
+            return Delta(text, [_wire(call) for call in piece.tool_calls[: MOST_CALLS + 1]])
         return Delta(text) if text else None
 
     def _chunk(self, line: bytes) -> Chunk:

@@ -15,6 +15,7 @@ LONGEST_PROMPT: Final = 200_000
 """Characters of all messages and tools together."""
 MOST_TOKENS: Final = 4096
 ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
+CHOICES: Final = frozenset({"auto", "none", "required"})
 URLS: Final = {
     "openai": "https://api.openai.com/v1",
     "anthropic": "https://api.anthropic.com",
@@ -28,17 +29,15 @@ URLS: Final = {
 class Request:
     """A question to a model. `messages`, `tools` and `tool_choice` have the form of OpenAI's chat completions.
 
-    `temperature` is 0 to 2 (Anthropic's models get at most 1), `max_tokens` 1 to 4096. `model` is for the doors that
-    take requests; who is asked, and which model, are the choices given to `Chats.stream`.
+    `temperature` is 0 to 2 (Anthropic's models get at most 1), `max_tokens` 1 to 4096. Who is asked, and which model,
+    are the choices given to `Chats.stream`.
     """
 
     messages: list[dict[str, Any]]
-    model: str = ""
     temperature: float = 0.7
     max_tokens: int = 1024
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    user: str = ""
 
 
 @dataclass(slots=True)
@@ -85,6 +84,7 @@ class Endpoint:
             raise BadInput(
                 f"The provider's URL must begin with {kinds} and hold no user name, query or fragment.",
                 code="provider_url_invalid",
+                param="url",
             )
 
     @property
@@ -159,10 +159,25 @@ def _check(request: Request) -> None:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise _wrong("A tool must have a function with a name.", "tools")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise _wrong("The parameters of a tool's function must be a JSON schema: an object.", "tools")
+        if not isinstance(function.get("description") or "", str):
+            raise _wrong("The description of a tool's function must be text.", "tools")
+    _check_choice(request.tool_choice)
     if not 0 <= request.temperature <= 2:
         raise BadInput("The temperature must be from 0 to 2.", code="parameter_invalid", param="temperature")
     if not 1 <= request.max_tokens <= MOST_TOKENS:
         raise BadInput(f"max_tokens must be 1 to {MOST_TOKENS}.", code="parameter_invalid", param="max_tokens")
+
+
+def _check_choice(choice: Any) -> None:
+    if isinstance(choice, dict):
+        function = choice.get("function") or choice
+        good = isinstance(function, dict) and isinstance(function.get("name"), str)
+    else:
+        good = choice is None or (isinstance(choice, str) and choice in CHOICES)
+    if not good:
+        raise _wrong("tool_choice must be auto, none, required, or an object that names a function.", "tool_choice")
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -10,8 +10,8 @@ import asyncio
 import json
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,8 +20,6 @@ from typing import Any, Final
 
 from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Unavailable
 from agentvoicebox.plugins.breaker import Breaker
-from agentvoicebox.plugins.chat.request import Delta
-from agentvoicebox.plugins.chat.tokens import Tokens
 
 GROUPS: Final = ("opm.solver.question", "neon.plugin.solver")
 """Where question solvers register; OPM reads the older name, too."""
@@ -34,9 +32,14 @@ OFFERED: Final = {
 """Those that are listed whether they are installed or not."""
 UNFIT: Final = frozenset({"ovos-solver-bus-plugin"})
 """It asks whatever OVOS listens on this machine's default bus, outside of any tenant's session."""
-THREADS: Final = 4
-WAITING: Final = 16
+NEEDED: Final = {"ovos-solver-plugin-wolfram-alpha": "appid"}
+"""What a configuration must hold: without it the plugin would ask with an identity of its author's."""
+THREADS: Final = 8
+WAITING: Final = 12
+PLACES: Final = (THREADS + WAITING) // 4
+"""Of those, for one tenant: fewer than there are threads, so that it cannot have them all."""
 KEPT: Final = 64
+"""Configurations, and of each the tenants of which we remember how it went."""
 LONGEST_QUESTION: Final = 2_000
 LONGEST_ANSWER: Final = 20_000
 """Characters."""
@@ -69,47 +72,47 @@ class Solvers:
         ]
 
     async def ask(
-        self, name: str, question: str, language: str, config: Mapping[str, Any], deadline: float = 5.0
+        self,
+        name: str,
+        question: str,
+        language: str,
+        config: Mapping[str, Any],
+        deadline: float = 5.0,
+        *,
+        tenant: str = "",
     ) -> str | None:
         """What the solver answers, or None: ask the next one. `deadline` is in seconds.
 
-        Instances are shared by all who ask with an equal `config`. Raises `NotFound` (solver_missing), `BadInput`
-        (solver_config_invalid), or `Unavailable`: solver_timeout, solver_failed, solver_busy, circuit_open. A solver
-        that is still loading after the deadline goes on loading, for the next question.
+        Instances are shared by all who ask with an equal `config`, but places are limited for each `tenant`, and one
+        for whom a solver keeps failing leaves it alone without the others. A solver that is still loading after the
+        deadline goes on loading, for the next question.
+
+        Raises `NotFound` (solver_missing), `BadInput` (solver_config_invalid), or `Unavailable`: solver_timeout,
+        solver_failed, solver_busy, circuit_open.
         """
         solver = self._solver(name, config)
-        solver.breaker.admit()
+        breaker = solver.breaker(tenant)
+        breaker.admit()
         try:
             answer = await asyncio.wait_for(
-                asyncio.wrap_future(solver.ask(question[:LONGEST_QUESTION], language)), deadline
+                asyncio.wrap_future(solver.ask(question[:LONGEST_QUESTION], language, tenant)), deadline
             )
         except TimeoutError:
-            (solver.breaker.failed if solver.ready else solver.breaker.undecided)()
+            (breaker.failed if solver.ready else breaker.undecided)()
             message = f"The solver {name} took longer than {deadline:g} s; ask again, or without it."
             failure: AvbError = Unavailable(message, code="solver_timeout")
-        except Unavailable:  # too many are waiting
-            solver.breaker.undecided()
-            raise
-        except asyncio.CancelledError:
-            solver.breaker.undecided()
+        except (Unavailable, asyncio.CancelledError):  # too many are waiting, or nobody is any more
+            breaker.undecided()
             raise
         except Exception as error:
-            solver.breaker.failed()
+            breaker.failed()
             log.warning("solver %s failed: %s", name, type(error).__name__)
             message = f"The solver {name} failed; check its configuration and what it needs."
             failure = Unavailable(message, code="solver_failed")
         else:
-            solver.breaker.succeeded()
+            breaker.succeeded()
             return answer.strip()[:LONGEST_ANSWER] or None if isinstance(answer, str) else None
         raise failure  # out here, so that it does not carry along what the solver says about the question
-
-    async def deltas(
-        self, name: str, question: str, language: str, config: Mapping[str, Any], deadline: float = 5.0
-    ) -> AsyncGenerator[Delta, None]:
-        """The same as an answer of a language model: the text, if there is one, then the end; it costs no tokens."""
-        if answer := await self.ask(name, question, language, config, deadline):
-            yield Delta(answer)
-        yield Delta(finish="stop", tokens=Tokens(0, 0))
 
     def close(self) -> None:
         """Let all threads end when they have finished what they do; none keeps the process from ending."""
@@ -122,6 +125,8 @@ class Solvers:
             key = name, json.dumps(config, sort_keys=True)
         except (TypeError, ValueError):
             raise BadInput("A solver's configuration must be JSON.", code="solver_config_invalid") from None
+        if (needed := NEEDED.get(name)) is not None and not config.get(needed):
+            raise BadInput(f"The solver {name} needs {needed} in its configuration.", code="solver_config_invalid")
         solver = self._kept.get(key)
         if solver is None:
             if (found := self._plugins.get(name)) is None:
@@ -137,8 +142,8 @@ class _Solver:
     """One solver with one configuration, loaded by the first question, and the threads that ask it."""
 
     def __init__(self, plugin: metadata.EntryPoint, config: dict[str, Any]) -> None:
-        self.breaker = Breaker()
         self.ready = False
+        self._breakers: OrderedDict[str, Breaker] = OrderedDict()
         self._plugin = plugin
         self._config = config
         self._instance: Any = None
@@ -146,18 +151,27 @@ class _Solver:
         self._counting = threading.Lock()
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = 0
-        self._unfinished = 0
+        self._unfinished: Counter[str] = Counter()
 
-    def ask(self, question: str, language: str) -> Future[Any]:
-        """Queue a question. Raises `Unavailable` (solver_busy) when too many wait."""
-        if self._unfinished >= THREADS + WAITING:
-            raise Unavailable("Too many ask this solver now; try again in a moment.", code="solver_busy")
+    def breaker(self, tenant: str) -> Breaker:
+        """How it went for this tenant: what some ask makes a solver fail, or its server refuse, that others can use."""
+        found = self._breakers.setdefault(tenant, Breaker())
+        self._breakers.move_to_end(tenant)
+        if len(self._breakers) > KEPT:
+            self._breakers.popitem(last=False)
+        return found
+
+    def ask(self, question: str, language: str, tenant: str) -> Future[Any]:
+        """Queue a question. Raises `Unavailable` (solver_busy) when too many wait, or too many of this tenant's."""
         future: Future[Any] = Future()
         with self._counting:
-            self._unfinished += 1
-        future.add_done_callback(self._finished)
+            unfinished = self._unfinished.total() + 1
+            if self._unfinished[tenant] >= PLACES or unfinished > THREADS + WAITING:
+                raise Unavailable("Too many ask this solver now; try again in a moment.", code="solver_busy")
+            self._unfinished[tenant] += 1
+        future.add_done_callback(lambda _: self._finished(tenant))
         self._jobs.put((future, lambda: self._load().spoken_answer(question, lang=language)))
-        if self._threads < min(THREADS, self._unfinished):
+        if self._threads < min(THREADS, unfinished):
             self._threads += 1
             threading.Thread(target=self._work, name=f"solver {self._plugin.name}", daemon=True).start()
         return future
@@ -167,9 +181,10 @@ class _Solver:
         for _ in range(self._threads):
             self._jobs.put(None)
 
-    def _finished(self, _future: Future[Any]) -> None:
+    def _finished(self, tenant: str) -> None:
         with self._counting:
-            self._unfinished -= 1
+            self._unfinished[tenant] -= 1
+            self._unfinished += Counter()  # drops those who have none
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -14,6 +14,10 @@ OUTPUT_SLACK = 64
 """Tokens of an answer that are no text: its end, and the frame around calls of tools."""
 LONGEST_TOKEN = 32
 """Bytes of text for each token allowed, above which a provider is taken to ignore `max_tokens`."""
+PIECE = 8
+"""Bytes that each piece of a call counts toward that at least, whatever is in it."""
+ENDINGS = frozenset({"stop", "length", "tool_calls", "content_filter"})
+"""How an answer may end, in OpenAI's words; a provider may say anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Count:
     for the little that is added on both sides and for hidden reasoning, which `max_tokens` bounds.
     """
 
-    __slots__ = ("_hidden", "_input", "_most", "_output", "_prompt", "_said", "_sent", "_thought", "finish")
+    __slots__ = ("_hidden", "_input", "_most", "_output", "_pieces", "_prompt", "_said", "_thought", "finish", "sent")
 
     def __init__(self, prompt: int, most: int) -> None:
         """`prompt` bytes are sent; at most `most` tokens are asked for."""
@@ -41,7 +45,9 @@ class Count:
         self._most = most
         self._said = 0
         self._thought = 0
-        self._sent = False
+        self._pieces = 0
+        self.sent = False
+        """Whether the prompt has gone out, so that somebody may have to pay for it."""
         self._input: object = None
         self._output: object = None
         self._hidden: object = 0
@@ -49,25 +55,18 @@ class Count:
     @property
     def overflowing(self) -> bool:
         """Whether more has been said than the tokens asked for can hold."""
-        return self._said + self._thought > LONGEST_TOKEN * self._most + 1024
-
-    def send(self) -> None:
-        """The prompt goes out: from now on somebody may have to pay for it."""
-        self._sent = True
-
-    def unsend(self) -> None:
-        """The provider has failed before it answered, and charges nothing."""
-        self._sent = False
+        return self._said + self._thought + PIECE * self._pieces > LONGEST_TOKEN * self._most + 1024
 
     @property
     def ending(self) -> str:
         """How the answer ended, for the last delta."""
-        return "length" if self.overflowing else self.finish or "stop"
+        return "length" if self.overflowing else self.finish if self.finish in ENDINGS else "stop"
 
     def said(self, text: str, calls: list[dict[str, Any]] | None) -> None:
         """A piece of the answer has come."""
         self._said += len(text.encode(errors="replace"))
         for call in calls or ():
+            self._pieces += 1
             function = call.get("function") or {}
             self._said += sum(len(str(function.get(name, "")).encode()) for name in ("name", "arguments"))
 
@@ -83,7 +82,7 @@ class Count:
 
     def tokens(self) -> Tokens:
         """What was used until now."""
-        if not self._sent:
+        if not self.sent:
             return Tokens(0, 0)
         seen = self._said + self._thought
         hidden = _whole(self._hidden, 0, self._most) or 0

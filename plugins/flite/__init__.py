@@ -32,6 +32,10 @@ _SILENT_RATE = 16_000
 
 _SPEAKABLE = re.compile(r"\w")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
+# flite works out a whole sentence before it says any of it, in a time that grows with the square of its length: a
+# minute for 8,000 digits. So no word is longer than these, and there is an end somewhere in each passage.
+_LONG_WORD = re.compile(r"\S{60}(?=\S)")
+_PASSAGE = re.compile(r".{300,600}?[.?!]\s|.{600}\S*\s")
 
 
 class FliteTTS(TTS):  # type: ignore[misc]
@@ -141,7 +145,10 @@ class FliteTTS(TTS):  # type: ignore[misc]
 def _speakable(sentence: str) -> bytes:
     """What flite is given of a sentence; nothing when there is nothing to say in it."""
     text = _CONTROL.sub(" ", sentence).strip()[:MAX_TEXT]
-    return text.encode(errors="replace") if _SPEAKABLE.search(text) else b""
+    if not _SPEAKABLE.search(text):
+        return b""
+    # An empty line ends a sentence.
+    return _PASSAGE.sub("\\g<0>\n\n", _LONG_WORD.sub(r"\g<0> ", text)).encode(errors="replace")
 
 
 def _write_silence(wav_file: str) -> None:

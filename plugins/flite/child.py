@@ -71,6 +71,7 @@ class Flite:
     def __init__(self, out: int) -> None:
         self._out = out
         self._listener = _Listener(self._listen)
+        self._system = ctypes.CDLL(None)
         self._library = flite = ctypes.CDLL("libflite.so.1")
         flite.new_audio_streaming_info.restype = ctypes.POINTER(_Streaming)
         flite.audio_streaming_info_val.restype = ctypes.c_void_p
@@ -92,6 +93,8 @@ class Flite:
         self._library.flite_feat_set_float(features, _STRETCH, stretch)
         streaming.contents.least = _FIRST
         signs = [self._library.flite_get_param_string(features, name, None) for name in _TOKENS]
+        # The noise in a voice is of the system's random numbers: as in a new process, a text always sounds the same.
+        self._system.srand(1)
         _limit_cpu()
         self._library.flite_ts_to_speech(self._library.ts_open_string(text, *signs), speaker, b"stream")
         _write(self._out, PART.pack(0, 0))

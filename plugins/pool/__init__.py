@@ -13,13 +13,13 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
 from agentvoicebox.plugins.breaker import Breaker
-from agentvoicebox.plugins.pool.engine import at_rate, cancelled, expected, when_cancelled
+from agentvoicebox.plugins.pool.engine import at_rate, cancelled, expected, installed, when_cancelled
 from agentvoicebox.plugins.pool.line import Crowded, Line, closing
 from agentvoicebox.plugins.pool.memory import Memory
 from agentvoicebox.plugins.pool.metrics import EngineMetrics, engine_of
@@ -70,7 +70,8 @@ class Pool:
     All calls raise `AvbError`s: bad input as it is, and `Unavailable` with the codes `engine_missing`,
     `engine_failed`, `engine_timeout`, `engines_full` (no room in memory), `circuit_open` (it failed too often), `busy`
     (for tentative work) and `shutting_down`. Engines are given in the order in which they are tried; each but the
-    last is given up early enough to leave the next ones their share of the time.
+    last is given up early enough to leave the next ones their share of the time. What one engine refuses as bad input
+    another may take (a language, a model), so that is raised only when no engine answers.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Pool:
         self._metrics: dict[tuple[str, str, str], EngineMetrics] = {}
         self._rest = asyncio.Event()
         self._unloading: set[EngineSpec] = set()
+        self._measuring = asyncio.Lock()
         self._trimming: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -120,17 +122,17 @@ class Pool:
         begin = clock()
         heard = Heard(pcm if rate == RATE else await asyncio.to_thread(at_rate, pcm, rate, RATE), language, tentative)
         failure: AvbError = _none()
-        for spec, ends in _along(specs, begin + deadline):
+        for spec, ends, last in _along(specs, begin + deadline):
             line = self._line(spec)
             try:
                 with _counted(line, "", language):
                     line.give_way(heard)
-                    async with self._call(line, ends):
+                    async with self._call(line, ends, last, tentative=tentative):
                         found = await line.hear(heard, tenant, ends)
             except AvbError as error:
-                if error.status < 500 or tentative:
+                failure = _worse(failure, error)
+                if tentative and error.status >= 500:
                     raise
-                failure = error
             else:
                 line.metrics.answered("", clock() - begin, found.audio_seconds, confidence=found.confidence)
                 return found
@@ -181,7 +183,8 @@ class Pool:
 
     async def voices(self, spec: EngineSpec) -> list[Voice]:
         """An engine's voices, as far as it tells."""
-        async with self._call(self._line(spec), asyncio.get_running_loop().time() + _LISTING):
+        # Past the breaker: that an engine can tell its voices says nothing of whether it can speak.
+        async with self._held(self._line(spec), asyncio.get_running_loop().time() + _LISTING, last=True):
             return await self._runner.voices(spec)
 
     def metrics(self) -> list[EngineMetrics]:
@@ -219,21 +222,21 @@ class Pool:
             return
         clock = asyncio.get_running_loop().time
         failure: AvbError = _none()
-        for spec, ends in _along(specs, clock() + deadline):
+        for spec, ends, last in _along(specs, clock() + deadline):
             line, heard, waited = self._line(spec), 0.0, 0.0
             asked = clock()
             try:
                 with _counted(line, utter.voice, utter.language):
-                    async with aclosing(self._say(line, utter, tenant, ends, between)) as parts:
+                    async with aclosing(self._say(line, utter, tenant, ends, between, last)) as parts:
                         async for part in parts:
                             heard += part.seconds
                             waited += clock() - asked
                             yield part
                             asked = clock()  # what the listener takes for itself is not the engine's
             except AvbError as error:
-                if heard or error.status < 500:
+                if heard:
                     raise
-                failure = error
+                failure = _worse(failure, error)
             else:
                 waited += clock() - asked
                 line.metrics.answered(line.voice(utter.voice), waited, heard, len(utter.text))
@@ -241,7 +244,7 @@ class Pool:
         raise failure
 
     async def _say(
-        self, line: Line, utter: Utter, tenant: str, ends: float, between: float | None
+        self, line: Line, utter: Utter, tenant: str, ends: float, between: float | None, last: bool
     ) -> AsyncGenerator[Speech]:
         """One engine's parts: those it has said of the same words to the same tenant, or else new ones."""
         said = Said(tenant, line.spec, utter.voice, utter.speed, utter.language, utter.text)
@@ -251,7 +254,7 @@ class Pool:
         if kept is not None:
             return
         parts = []
-        async with self._call(line, ends), aclosing(line.say(utter, tenant, ends, between)) as stream:
+        async with self._call(line, ends, last), aclosing(line.say(utter, tenant, ends, between)) as stream:
             async for part in stream:
                 parts.append(part)
                 yield part
@@ -259,31 +262,45 @@ class Pool:
             self._spoken.put(said, parts)
 
     @asynccontextmanager
-    async def _call(self, line: Line, ends: float) -> AsyncIterator[None]:
+    async def _call(self, line: Line, ends: float, last: bool, *, tentative: bool = False) -> AsyncIterator[None]:
         """While an engine is asked for something: it is loaded and stays so, and how it does is noted."""
         line.breaker.admit()
+        try:
+            async with self._held(line, ends, last):
+                try:
+                    yield
+                except AvbError as error:
+                    # Guesses have neither time nor second tries: that they fail is no sign of an ill engine.
+                    if _fault(error) and not tentative:
+                        line.breaker.failed()
+                    raise
+                line.breaker.succeeded()
+        finally:
+            line.breaker.undecided()
+
+    @asynccontextmanager
+    async def _held(self, line: Line, ends: float, last: bool) -> AsyncIterator[None]:
+        """While it lasts an engine is loaded, and stays so."""
         line.users += 1
         self._memory.touch(line.spec)
         try:
-            await self._ready(line, ends)
-            try:
-                yield
-            except AvbError as error:
-                if error.status >= 500 and not isinstance(error, Crowded):
-                    line.breaker.failed()
-                raise
-            line.breaker.succeeded()
+            await self._ready(line, ends, last)
+            yield
         finally:
-            line.breaker.undecided()
             line.users -= 1
             self._rested()
 
-    async def _ready(self, line: Line, ends: float) -> None:
+    async def _ready(self, line: Line, ends: float, last: bool) -> None:
         if line.loaded is not None:
             return
         try:
             async with asyncio.timeout_at(ends):
-                await self._load(line)
+                load = self._loading(line)
+                if not last:
+                    await asyncio.wait([load], timeout=ROOM)
+                    if not load.done() and not line.starting:
+                        raise _full(line.spec)
+                await asyncio.shield(load)
         except TimeoutError:
             if line.starting:
                 line.breaker.failed()
@@ -294,22 +311,47 @@ class Pool:
 
     async def _load(self, line: Line) -> None:
         if line.loaded is None:
-            if line.loading is None or line.loading.done():
-                line.loading = asyncio.create_task(self._start(line))
             # One caller that leaves must not take the engine from the others that wait for the same load.
-            await asyncio.shield(line.loading)
+            await asyncio.shield(self._loading(line))
+
+    def _loading(self, line: Line) -> asyncio.Task[None]:
+        """What loads it."""
+        if line.loading is None or line.loading.done():
+            line.loading = asyncio.create_task(self._start(line))
+            line.loading.add_done_callback(_looked_at)
+        return line.loading
 
     async def _start(self, line: Line) -> None:
-        spec, size = line.spec, line.size or await asyncio.to_thread(expected, line.spec)
-        self._memory.check(spec, size)
-        await self._room(size)
+        size = line.size or await asyncio.to_thread(expected, line.spec)
+        self._memory.check(line.spec, size)
+        async with nullcontext() if size else self._alone():
+            await self._room(size)
+            await self._begin(line, size)
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """For what nobody knows the size of: many at once would be too much before any of them is measured. Who loads
+        for long, as from the network, does not keep the others for ever.
+        """
+        async with AsyncExitStack() as stack:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALONE):
+                    await stack.enter_async_context(self._measuring)
+            yield
+
+    async def _begin(self, line: Line, size: int) -> None:
+        spec = line.spec
         self._memory.hold(spec, size)
         line.starting = True
         try:
             loaded = await self._runner.load(spec)
         except Exception as error:
-            line.breaker.failed()
-            raise line.told(error) from error
+            told = line.told(error)
+            if _fault(told):
+                line.breaker.failed()
+            if told is error:
+                raise
+            raise told from error
         finally:
             line.starting = False
             self._memory.forget(spec)
@@ -375,7 +417,7 @@ class Pool:
         if line is None:
             self._loop = asyncio.get_running_loop()
             self._prune()
-            key = engine_of(spec, self._metrics)
+            key = engine_of(spec, self._metrics, installed(spec.kind))
             metrics = self._metrics.setdefault(key, EngineMetrics(*key))
             line = self._lines[spec] = Line(spec, self._runner, metrics, self._rested)
         self._lines.move_to_end(spec)
@@ -389,17 +431,39 @@ class Pool:
 
 _SILENCE = Speech(bytes(3_200), RATE)
 
+ROOM = 1.0
+"""Seconds that a call waits for room in memory where another engine can be asked."""
+
+ALONE = 10.0
+"""Seconds that an engine of unknown size waits for another one to be loaded."""
+
 _LISTING = 30.0
 """Seconds within which an engine has to be loaded when its voices are asked for."""
 
 
-def _along(specs: Specs, until: float) -> Iterator[tuple[EngineSpec, float]]:
-    """The engines in their order, each with the end of its share of the time that is left."""
+def _along(specs: Specs, until: float) -> Iterator[tuple[EngineSpec, float, bool]]:
+    """The engines in their order, each with the end of its share of the time that is left; whether it is the last."""
     order = [specs] if isinstance(specs, EngineSpec) else specs
     clock = asyncio.get_running_loop().time
     for number, spec in enumerate(order):
         now = clock()
-        yield spec, now + (until - now) / (len(order) - number)
+        yield spec, now + (until - now) / (len(order) - number), number == len(order) - 1
+
+
+def _worse(known: AvbError, error: AvbError) -> AvbError:
+    """Of two engines' errors the one that is told: what was wrong with the input, as trying again does not mend it."""
+    return known if known.status < 500 else error
+
+
+def _fault(error: AvbError) -> bool:
+    """Whether an error says that its engine is ill."""
+    return error.status >= 500 and not isinstance(error, Crowded)
+
+
+def _looked_at(load: asyncio.Task[None]) -> None:
+    """Whoever waited for it may have left: nobody else wants to know how it ended."""
+    if not load.cancelled():
+        load.exception()
 
 
 @contextmanager
@@ -418,6 +482,13 @@ def _utter(text: str, language: str, voice: str, speed: float) -> Utter:
     if not math.isfinite(speed) or speed <= 0:
         raise BadInput("The speed of a voice is a number, 0.5 to 2.0.", code="bad_speed", param="speed")
     return Utter(text, language, voice, speed)
+
+
+def _full(spec: EngineSpec) -> Unavailable:
+    return Crowded(
+        f"There is no room for the speech engine {spec.plugin} while others are at work: try again in a moment.",
+        code="engines_full",
+    )
 
 
 def _none() -> Unavailable:

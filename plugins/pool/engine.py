@@ -7,8 +7,11 @@ Any STT or TTS plugin serves, by its stock name. Beyond the stock contract a plu
 - STT: `batch` and `transcribe_batch(jobs: list[Heard])`, which answers up to `batch` jobs at once, in their order,
   each with `(text, confidence, language)` or an `AvbError`.
 - TTS: `stream(sentence, lang, voice, speed)`, which yields `(pcm, rate)`, 16-bit mono audio, as it comes; `voice`
-  is None for the engine's own choice. `voice_list()`, its `Voice`s.
+  is None for the engine's own choice. `voice_list()`, its `Voice`s; `voices`, their names. A plugin that tells neither
+  chooses its voice itself, and so does one that has voices of the text's language where the wanted one is none of them.
 - `memory`: the bytes it holds. Otherwise what the process grew by while it was loaded counts.
+- `shares_cores`, on the class: its configuration takes `cores`, how many of the machine's it may use. It is told where
+  it has to share them with other processes.
 - `shutdown()` or `stop()`, called before it is forgotten.
 
 An engine that can stop in the middle of its work asks `cancelled`, or gives `when_cancelled` something to do, so that
@@ -29,6 +32,7 @@ import threading
 import wave
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +43,18 @@ from ovos_plugin_manager.utils import DEPRECATED_ENTRYPOINTS, PluginTypes
 from ovos_plugin_manager.utils.audio import AudioData
 
 from agentvoicebox.config.errors import AvbError, Unavailable
-from agentvoicebox.plugins.pool.runner import RATE, EngineSpec, Heard, Loaded, Speech, Transcript, Utter, Voice
+from agentvoicebox.plugins.pool.memory import LEAST
+from agentvoicebox.plugins.pool.runner import (
+    RATE,
+    EngineSpec,
+    Heard,
+    Loaded,
+    Speech,
+    Transcript,
+    Utter,
+    Voice,
+    elsewhere,
+)
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +122,24 @@ def plugin_class(kind: str, name: str) -> Any:
 
     Only that one is imported: ovos-plugin-manager's own look-up imports every plugin of the kind.
     """
-    groups = [_TYPES[kind], *(old for old, new in DEPRECATED_ENTRYPOINTS.items() if new == _TYPES[kind])]
-    for group in groups:
+    for group in _groups(kind):
         for entry in entry_points(group=group, name=name):
             return entry.load()
     return None
 
+
+@cache
+def installed(kind: str) -> frozenset[str]:
+    """The names of all plugins of a kind, as they were when this was first asked."""
+    return frozenset(entry.name for group in _groups(kind) for entry in entry_points(group=group))
+
+
+def _groups(kind: str) -> list[str]:
+    return [_TYPES[kind], *(old for old, new in DEPRECATED_ENTRYPOINTS.items() if new == _TYPES[kind])]
+
+
+_MOST_SECONDS = 3_600.0
+"""Of one file that an engine writes."""
 
 _AGAIN = "try again, or choose another engine"
 _DAMAGED = "its model may be damaged or its configuration wrong; fetch it again with `avb models pull`"
@@ -137,8 +164,8 @@ def guarded(spec: EngineSpec, work: Callable[[], T], doing: str = "failed", reme
 class Engine:
     """A loaded plugin. Its methods are called from as many threads at once as `loaded.parallel` says."""
 
-    def __init__(self, spec: EngineSpec, threads: int) -> None:
-        self._spec = spec
+    def __init__(self, spec: EngineSpec, threads: int, cores: int = 0) -> None:
+        self._spec, self._cores = spec, cores
         before = _resident()
         self._plugin: Any = guarded(spec, self._make, "cannot be loaded", _DAMAGED)
         grown = max(0, _resident() - before)
@@ -148,11 +175,9 @@ class Engine:
             threads if getattr(self._plugin, "thread_safe", False) else 1
         )
         batch = getattr(self._plugin, "batch", 1) if hasattr(self._plugin, "transcribe_batch") else 1
+        self._speaks = {voice.name: voice.language for voice in self.voices()}
         self.loaded = Loaded(
-            told if isinstance(told, int) else grown,
-            max(1, int(parallel)),
-            max(1, int(batch)),
-            tuple(voice.name for voice in self.voices()),
+            told if isinstance(told, int) else grown, max(1, int(parallel)), max(1, int(batch)), tuple(self._speaks)
         )
         self._accepts = set(inspect.signature(self._plugin.get_tts).parameters) if spec.kind == "tts" else set()
 
@@ -171,7 +196,7 @@ class Engine:
         if not callable(getattr(self._plugin, "stream", None)):
             yield guarded(self._spec, lambda: self._speak(utter, directory))
             return
-        voice = self._voice(utter.voice)
+        voice = self._voice(utter)
         parts = guarded(self._spec, lambda: iter(self._plugin.stream(utter.text, utter.language, voice, utter.speed)))
         try:
             while (part := guarded(self._spec, lambda: next(parts, None))) is not None:
@@ -205,7 +230,10 @@ class Engine:
                 f"The speech engine {self._spec.plugin} is not installed: pip install it, or choose another one.",
                 code="engine_missing",
             )
-        return plugin(config=dict(self._spec.config))
+        config = dict(self._spec.config)
+        if self._cores and getattr(plugin, "shares_cores", False):
+            config.setdefault("cores", self._cores)
+        return plugin(config=config)
 
     def _hear_all(self, jobs: list[Heard]) -> list[Transcript | AvbError]:
         if not hasattr(self._plugin, "transcribe_batch"):
@@ -239,9 +267,9 @@ class Engine:
 
     def _speak(self, utter: Utter, directory: str) -> Speech:
         choices: dict[str, Any] = {"lang": utter.language, "speed": utter.speed}
-        if voice := self._voice(utter.voice):
+        if voice := self._voice(utter):
             choices["voice"] = voice
-        handle, name = tempfile.mkstemp(suffix=".wav", dir=directory)
+        handle, name = tempfile.mkstemp(suffix=f".{getattr(self._plugin, 'audio_ext', 'wav')}", dir=directory)
         os.close(handle)
         try:
             wanted = {key: value for key, value in choices.items() if key in self._accepts}
@@ -254,9 +282,13 @@ class Engine:
     def _speech(self, pcm: bytes, rate: int) -> Speech:
         return guarded(self._spec, lambda: _checked(Speech(bytes(pcm), rate, self._spec.plugin)))
 
-    def _voice(self, wanted: str) -> str | None:
+    def _voice(self, utter: Utter) -> str | None:
         """What is handed to the plugin: None for its own choice."""
-        return wanted if wanted != "auto" and wanted in getattr(self._plugin, "voices", (wanted,)) else None
+        if utter.voice == "auto" or utter.voice not in self._speaks:
+            return None
+        spoken, wanted = _primary(self._speaks[utter.voice]), _primary(utter.language)
+        better = spoken != wanted and wanted in map(_primary, self._speaks.values())
+        return None if spoken and better else utter.voice
 
     def _voices(self) -> list[Voice]:
         if hasattr(self._plugin, "voice_list"):
@@ -272,14 +304,32 @@ def _checked(speech: Speech) -> Speech:
     return speech
 
 
+def _primary(language: str) -> str:
+    return language.replace("_", "-").partition("-")[0].lower()
+
+
 def _read(path: str) -> tuple[bytes, int]:
-    with wave.open(path, "rb") as wav:
-        if wav.getsampwidth() != 2:
-            raise ValueError("not 16-bit audio")
-        pcm, rate, channels = wav.readframes(wav.getnframes()), wav.getframerate(), wav.getnchannels()
+    """The audio in a file, mono, and its rate: that of 16-bit WAV, or 16 kHz of what else has to be decoded."""
+    try:
+        with wave.open(path, "rb") as wav:
+            if wav.getsampwidth() != 2:
+                raise wave.Error("not 16-bit audio")
+            pcm, rate, channels = wav.readframes(wav.getnframes()), wav.getframerate(), wav.getnchannels()
+    except (wave.Error, EOFError):
+        return _decoded(Path(path).read_bytes()), RATE
     if channels > 1:
         pcm = np.frombuffer(pcm, "<i2").reshape(-1, channels).mean(axis=1).astype("<i2").tobytes()
     return pcm, rate
+
+
+def _decoded(data: bytes) -> bytes:
+    # Imported where it is needed: a machine whose engines all write WAV need not carry PyAV.
+    from agentvoicebox.plugins.audio import decode
+
+    try:
+        return decode(data, longest=_MOST_SECONDS)
+    except AvbError as error:  # what an engine writes is not the caller's input
+        raise ValueError(error.code) from error
 
 
 def at_rate(pcm: bytes, rate: int, wanted: int) -> bytes:
@@ -290,8 +340,12 @@ def at_rate(pcm: bytes, rate: int, wanted: int) -> bytes:
 
 
 def expected(spec: EngineSpec) -> int:
-    """Bytes that an engine which was never loaded will hold at least: what its model takes on disk, if that is here."""
+    """Bytes that an engine which was never loaded will hold at least: what its model takes on disk, if that is here;
+    little, where it is a service elsewhere; 0 when nobody knows.
+    """
     path = Path(str(dict(spec.config).get("model") or ""))
+    if elsewhere(spec):
+        return LEAST
     if not path.is_absolute():
         return 0
     try:

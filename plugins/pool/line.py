@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -92,7 +93,8 @@ class Line:
         self._runner = runner
         self._rested = rested
         self._queue: Queue[_AnyJob] = Queue()
-        self._works: set[asyncio.Task[None]] = set()
+        self._works: dict[asyncio.Task[None], bool] = {}
+        """What it does, and whether that is tentative."""
         self._answered = 0
         self._starting = False
         """Whether the places are looked at in the next round of the loop."""
@@ -158,8 +160,7 @@ class Line:
     def _enter(self, job: _AnyJob) -> None:
         if self.closed:
             raise closing()
-        tentative = isinstance(job, _Hearing) and job.heard.tentative
-        (self._queue.tentative if tentative else self._queue.certain).add(job.tenant, job)
+        (self._queue.tentative if _tentative(job) else self._queue.certain).add(job.tenant, job)
         if not self._starting:
             # In the next round of the loop: those who were answered together ask again together, and so share a call.
             self._starting = True
@@ -194,17 +195,24 @@ class Line:
 
     def start(self) -> None:
         """Give each free place of the engine the jobs whose turn it is."""
-        while (
-            not self.closed
-            and self.loaded
-            and len(self._works) < self.loaded.parallel
-            and (jobs := self._queue.take(self.loaded.batch))
-        ):
+        while self.loaded and not self.closed and (jobs := self._turn(self.loaded)):
             work = asyncio.create_task(self._do(jobs))
-            self._works.add(work)
+            self._works[work] = _tentative(jobs[0])
             for job in jobs:
                 job.work, job.company = work, jobs
             work.add_done_callback(partial(self._ended, jobs))
+
+    def _turn(self, loaded: Loaded) -> list[_AnyJob]:
+        """What a free place does next; nothing where none is free, or nothing waits for it.
+
+        Free places share what waits: two that hear two each are done before one that hears all four.
+        """
+        free, waiting = loaded.parallel - len(self._works), len(self._queue.certain)
+        if not waiting:
+            waiting = len(self._queue.tentative)
+            # One place of several never guesses: a whole utterance need not wait until guesses at others are made.
+            free = min(free, max(1, loaded.parallel - 1) - sum(self._works.values()))
+        return self._queue.take(min(loaded.batch, math.ceil(waiting / free))) if free > 0 else []
 
     async def _do(self, jobs: list[_AnyJob]) -> None:
         hearings = [job for job in jobs if isinstance(job, _Hearing)]
@@ -248,7 +256,7 @@ class Line:
         )
 
     def _ended(self, jobs: list[_AnyJob], work: asyncio.Task[None]) -> None:
-        self._works.discard(work)
+        del self._works[work]
         self._answered += 1
         if work.cancelled():  # because nobody waits any more, or because the threads end
             for job in jobs:
@@ -265,6 +273,10 @@ class Line:
         if isinstance(part, AvbError):
             raise part
         return part
+
+
+def _tentative(job: _AnyJob) -> bool:
+    return isinstance(job, _Hearing) and job.heard.tentative
 
 
 def closing() -> Unavailable:

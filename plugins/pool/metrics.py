@@ -112,8 +112,14 @@ def model_of(spec: EngineSpec) -> str:
     return name if not name or _PLAIN.fullmatch(name) else OTHER
 
 
-def engine_of(spec: EngineSpec, known: Collection[tuple[str, str, str]]) -> tuple[str, str, str]:
-    """Under which kind, plugin and model an engine is counted, given those that are counted already."""
+def engine_of(
+    spec: EngineSpec, known: Collection[tuple[str, str, str]], plugins: Collection[str]
+) -> tuple[str, str, str]:
+    """Under which kind, plugin and model an engine is counted, given those that are counted already, and the names of
+    all plugins of its kind: any other name is what somebody wrote, and nobody else's business.
+    """
+    if spec.plugin not in plugins:
+        return spec.kind, OTHER, OTHER
     key = (spec.kind, spec.plugin, model_of(spec))
     return key if key in known or len(known) < MOST_ENGINES else (spec.kind, OTHER, OTHER)
 

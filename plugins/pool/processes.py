@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _LENGTH = 4
 _GRACE = 5.0
 """Seconds that a process has to end by itself."""
+PATIENCE = 10.0
+"""Seconds that an engine may go on with what nobody waits for any more, before its process is replaced."""
 _FAILURES = 3
 """Starts in a row that may fail before work is refused rather than kept waiting."""
 
@@ -36,7 +38,8 @@ _FAILURES = 3
 class Processes:
     """A `Runner`. Every engine is loaded in each of `count` processes, and work goes to the least busy one.
 
-    Work of a process that dies is given to another one, once: what makes two of them die is an error.
+    Work of a process that dies is given to another one, once: what makes two of them die is an error. A process whose
+    engine does not end what was cancelled is killed, and so replaced.
     """
 
     def __init__(self, count: int = 2, threads: int = 0) -> None:
@@ -81,7 +84,7 @@ class Processes:
         self._engines.discard(spec)
         having = [child for child in self._live() if spec in child.engines]
         for child in having:
-            child.engines.discard(spec)
+            del child.engines[spec]
         await asyncio.gather(*(child.only(wire.Unload(spec)) for child in having), return_exceptions=True)
 
     async def transcribe(self, spec: EngineSpec, jobs: list[Heard]) -> list[Transcript | AvbError]:
@@ -212,7 +215,7 @@ class _Child:
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.engines: set[EngineSpec] = set()
+        self.engines: dict[EngineSpec, Loaded] = {}
         self.alive = True
         self._process, self._writer = process, writer
         self._numbers = itertools.count(1)
@@ -220,6 +223,7 @@ class _Child:
         self._rest = asyncio.Event()
         self._rest.set()
         self._loads: dict[EngineSpec, asyncio.Task[Loaded]] = {}
+        """Those that are under way."""
         self._directory: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._reading = asyncio.create_task(self._read(reader))
 
@@ -253,8 +257,11 @@ class _Child:
 
     async def load(self, spec: EngineSpec) -> Loaded:
         """Load an engine in it, once for all who ask. Raises `AvbError`."""
-        if spec not in self._loads or (spec not in self.engines and self._loads[spec].done()):
+        if spec in self.engines:
+            return self.engines[spec]
+        if spec not in self._loads:
             self._loads[spec] = asyncio.create_task(self._load(spec))
+            self._loads[spec].add_done_callback(partial(self._loaded, spec))
         return await asyncio.shield(self._loads[spec])
 
     async def only(self, ask: wire.Ask) -> wire.Answer:
@@ -280,8 +287,13 @@ class _Child:
         finally:
             if number in self._calls:
                 _send(self._writer, number, wire.Cancel())
-                while number in self._calls:
-                    await answers.get()
+                try:
+                    async with asyncio.timeout(PATIENCE):
+                        await self._ended(number, answers)
+                except TimeoutError:
+                    log.warning("The engine %s does not end what was cancelled: its process does.", ask.spec.plugin)
+                    self._kill()
+                    await self._ended(number, answers)
 
     async def close(self) -> None:
         """Let it end what it does, for some seconds at most, and end it."""
@@ -301,19 +313,25 @@ class _Child:
             self._kill()
             await self._process.wait()
         await self._reading
-        for load in self._loads.values():
-            if load.done() and not load.cancelled():
-                load.exception()
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             self._process.kill()
 
+    async def _ended(self, number: int, answers: asyncio.Queue[wire.Answer | None]) -> None:
+        while number in self._calls:
+            await answers.get()
+
+    def _loaded(self, spec: EngineSpec, load: asyncio.Task[Loaded]) -> None:
+        del self._loads[spec]
+        if not load.cancelled():
+            load.exception()  # whoever waited for it may have left
+
     async def _load(self, spec: EngineSpec) -> Loaded:
         answer = await self.only(wire.Load(spec))
         if not isinstance(answer, wire.Ready):
             raise _nonsense(spec)
-        self.engines.add(spec)
+        self.engines[spec] = answer.loaded
         return answer.loaded
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

@@ -27,6 +27,14 @@ class EngineSpec:
     """Pairs in the order of their names. It may hold keys of tenants: never written down."""
 
 
+_SECRETS = frozenset({"key", "api_key", "token", "secret", "password", "credential"})
+
+
+def elsewhere(spec: EngineSpec) -> bool:
+    """Whether an engine is a service somewhere else: its configuration holds a key."""
+    return any(name in _SECRETS for name, _ in spec.config)
+
+
 @dataclass(frozen=True, slots=True)
 class Transcript:
     """What was understood; empty text when nothing was heard."""

@@ -27,7 +27,17 @@ from agentvoicebox.config.errors import AvbError, Unavailable
 from agentvoicebox.plugins.pool import entries, wire
 from agentvoicebox.plugins.pool.entries import AGAIN, AWAY, BEGIN, BLOCK, GROUP, KINDS, SEEN, present, stream
 from agentvoicebox.plugins.pool.line import Crowded, closing
-from agentvoicebox.plugins.pool.runner import EngineSpec, Heard, Loaded, Runner, Speech, Transcript, Utter, Voice
+from agentvoicebox.plugins.pool.runner import (
+    EngineSpec,
+    Heard,
+    Loaded,
+    Runner,
+    Speech,
+    Transcript,
+    Utter,
+    Voice,
+    elsewhere,
+)
 from agentvoicebox.plugins.pool.threads import Threads
 
 PATIENCE = 2.0
@@ -38,7 +48,6 @@ MOST = 1_000
 _UNREAD = 60
 """Seconds after which the answers to a node that has died are removed."""
 _TOUCH = 10.0
-_SECRETS = frozenset({"key", "api_key", "token", "secret", "password", "credential"})
 
 # Add work, unless too much waits.
 _PUT = """
@@ -79,7 +88,7 @@ class Streams:
 
     async def load(self, spec: EngineSpec) -> Loaded:
         """Have a worker load an engine, to see that one can; the others load it when it is their turn."""
-        if _secret(spec):
+        if elsewhere(spec):
             return await self._local().load(spec)
         answer = await self._only(wire.Load(wire.outgoing(spec, self._models)))
         if not isinstance(answer, wire.Ready):
@@ -90,12 +99,12 @@ class Streams:
 
     async def unload(self, spec: EngineSpec) -> None:
         """Nothing: it takes no memory here, and each worker sees to its own."""
-        if _secret(spec):
+        if elsewhere(spec):
             await self._local().unload(spec)
 
     async def transcribe(self, spec: EngineSpec, jobs: list[Heard]) -> list[Transcript | AvbError]:
         """What each of the jobs says, in their order."""
-        if _secret(spec):
+        if elsewhere(spec):
             return await self._local().transcribe(spec, jobs)
         answer = await self._only(wire.Hear(wire.outgoing(spec, self._models), jobs))
         if not isinstance(answer, wire.Understood):
@@ -104,7 +113,7 @@ class Streams:
 
     async def stream(self, spec: EngineSpec, utter: Utter) -> AsyncGenerator[Speech]:
         """The parts of what is said, as they come."""
-        if _secret(spec):
+        if elsewhere(spec):
             async with aclosing(self._local().stream(spec, utter)) as parts:
                 async for part in parts:
                     yield part
@@ -116,7 +125,7 @@ class Streams:
 
     async def voices(self, spec: EngineSpec) -> list[Voice]:
         """The engine's voices."""
-        if _secret(spec):
+        if elsewhere(spec):
             return await self._local().voices(spec)
         answer = await self._only(wire.ListVoices(wire.outgoing(spec, self._models)))
         if not isinstance(answer, wire.Voices):
@@ -184,7 +193,7 @@ class Streams:
             fields = [each for pair in given.items() for each in pair]
             entry = await self._put([stream(job.kind)], [self._most, *fields])
         except AWAY as error:
-            raise Unavailable(
+            raise Crowded(
                 "Speech workers cannot be reached, for Redis does not answer: start it, or set AVB_SPEECH=threads.",
                 code="queue_unavailable",
             ) from error
@@ -336,12 +345,8 @@ def _after(entry: str) -> str:
     return f"{stamp}-{int(number) + 1}"
 
 
-def _secret(spec: EngineSpec) -> bool:
-    return any(name in _SECRETS for name, _ in spec.config)
-
-
 def _no_worker(kind: str) -> Unavailable:
-    return Unavailable(
+    return Crowded(  # a worker that is started anew is no fault of the engine
         f"No speech worker is there for {kind}: start one with `avb worker --kinds {kind}`, on this Redis.",
         code="no_worker",
     )

@@ -26,10 +26,16 @@ _EVERYTHING = 1_000_000
 
 
 class Threads:
-    """A `Runner`. `threads` is how many calls an engine does at once that can do any number of them."""
+    """A `Runner`. `threads` is how many calls an engine does at once that can do any number of them, and how many cores
+    those may use that ask for it.
+
+    A thread cannot be ended from outside: an engine that hangs keeps its place until this process ends. Where engines
+    are not to be trusted so far, `processes.Processes` replaces what hangs.
+    """
 
     def __init__(self, threads: int = 0) -> None:
         self._threads = threads or max(2, os.cpu_count() or 2)
+        self._cores = threads
         self._engines: dict[EngineSpec, tuple[Engine, ThreadPoolExecutor]] = {}
         self._rooms: set[threading.Semaphore] = set()
         # Loading has threads of its own: an engine that loads for a minute keeps nobody from speaking.
@@ -40,7 +46,7 @@ class Threads:
     async def load(self, spec: EngineSpec) -> Loaded:
         """Make the plugin of that name here; its memory is what it tells, or what the process grew by."""
         if spec not in self._engines:
-            engine = await _done_by(self._loaders, lambda: Engine(spec, self._threads))
+            engine = await _done_by(self._loaders, lambda: Engine(spec, self._threads, self._cores))
             workers = ThreadPoolExecutor(engine.loaded.parallel, thread_name_prefix=spec.kind)
             self._engines[spec] = engine, workers
         return self._engines[spec][0].loaded

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from agentvoicebox.bus_bridge.answers import Answers
+from agentvoicebox.plugins.chat import Chats
 from agentvoicebox.tenancy import secrets
 
 LLM = "/api/v2/llm"
@@ -43,6 +47,7 @@ WRONG: list[tuple[str, Any]] = [
     ("provider", "acme"),
     ("model", ""),
     ("model", "x" * 101),
+    ("model", "x\n"),
     ("temperature", 2.1),
     ("temperature", -0.1),
     ("max_tokens", 255),
@@ -51,8 +56,12 @@ WRONG: list[tuple[str, Any]] = [
     ("url", "http://models.example.com"),
     ("url", "https://localhost/v1"),
     ("url", "https://10.0.0.1/v1"),
+    ("url", "https://models.example.com/v1?x=1"),
+    ("url", "https://models.example.com/v1#f"),
+    ("url", "https://models.example.com:0/v1"),
     ("fallbacks", ["groq"]),
     ("fallbacks", ["acme/x"]),
+    ("fallbacks", ["groq/x\n"]),
     ("fallbacks", ["groq/x"] * 6),
     ("temperature_explained", "x"),
 ]
@@ -105,6 +114,62 @@ async def test_llm_04_keys_are_kept_and_not_shown(client: Any, service: Any):
     assert (reply.status_code, reply.json()["error"]) == (404, "secret_not_found")
 
 
+async def test_a_key_is_kept_without_the_line_s_end_it_was_pasted_with(client: Any, service: Any):
+    reply = await client.http.put(f"{CREDENTIALS}/openai", json={"api_key": f" {KEY}\r\n"})
+    assert reply.status_code == 204
+    assert await secrets.get(service.database, service.secrets, client.tenant, "llm", "openai") == KEY.encode()
+
+
+@pytest.mark.parametrize("path", ["llm/test", "llm/complete", "personas/{}/test"])
+async def test_who_goes_away_ends_the_answer(client: Any, speaking: Any, service: Any, used: Any, path: str):
+    """The provider is not read to its end, and what was used is metered."""
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        while await reader.read(65_536):
+            pass
+        left.set()
+        writer.close()
+
+    persona = (await client.http.post("/api/v2/personas", json={"name": "Anna"})).json()["id"]
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    chats, parts = Chats(), service.app.state
+    settings = replace(speaking.engines.settings, compatible_url=url)
+    parts.answers = Answers(service.database, service.secrets, chats, parts.solvers, service.ledger, settings)
+    question = {"message": "Hello"} if path.startswith("personas") else {"prompt": "Hello"}
+    asking = asyncio.create_task(client.http.post(f"/api/v2/{path.format(persona)}", json=question))
+    await asked.wait()
+    asking.cancel()
+    await asyncio.wait([asking])
+    async with asyncio.timeout(10):
+        await left.wait()
+        while (await used(client)).get("llm_input_tokens", 0) == 0:
+            await asyncio.sleep(0.01)
+    server.close()
+    await parts.answers.close()
+    await chats.close()
+
+
+async def test_how_providers_do_is_told_without_what_others_use(client: Any, operator: Any, speaking: Any):
+    await client.http.post(f"{LLM}/test", json={"prompt": "Hello"})
+    speaking.model.fails(401)
+    await client.http.post(f"{LLM}/test", json={"prompt": "Hello"})
+    told = (await client.http.get(f"{LLM}/metrics")).json()["items"]
+    assert [each["provider"] for each in told] == ["openai", "anthropic", "groq", "ollama", "compatible"]
+    ours = told[-1]
+    assert ours["failure_rate"] == 0.5
+    assert ours["average_seconds"] >= ours["average_first_seconds"] > 0
+    hidden = ("model", "requests", "failures", "input_tokens", "output_tokens")
+    assert {each[name] for each in told for name in hidden} == {None}
+    assert told[0]["failure_rate"] is told[0]["average_seconds"] is None
+    named = {"X-Tenant-ID": str(client.tenant)}
+    (whole,) = (await operator.get(f"{LLM}/metrics", headers=named)).json()["items"]
+    assert [whole[name] for name in hidden[1:]] == [2, {"provider_refused": 1}, 7, 3]
+
+
 async def test_keys_of_solvers_are_kept_by_their_ids(client: Any, speaking: Any):
     solver = (await client.http.get("/api/v2/personas/solvers")).json()["items"][0]["id"]
     assert (await client.http.put(f"{CREDENTIALS}/{solver}", json={"api_key": '{"appid": "x y"}'})).status_code == 204
@@ -117,10 +182,13 @@ async def test_keys_of_nobody_are_not_kept(client: Any):
     for provider in ("acme", "auto", "llm", "x" * 200):
         reply = await client.http.put(f"{CREDENTIALS}/{provider}", json={"api_key": KEY})
         assert (reply.status_code, list(reply.json()["details"])) == (404, ["provider"])
-    for body in ({}, {"api_key": ""}, {"api_key": "short"}, {"api_key": "line\nbreak!"}, {"key": KEY}):
+    for wrong in ("", "short", "short       \n", " " * 9, "line\nbreak!", "tab\tbreak!", "schlüsselbreak"):
+        reply = await client.http.put(f"{CREDENTIALS}/openai", json={"api_key": wrong})
+        assert (reply.status_code, list(reply.json()["details"])) == (400, ["api_key"])
+        assert "break" not in reply.text
+    for body in ({}, {"key": KEY}):
         reply = await client.http.put(f"{CREDENTIALS}/openai", json=body)
         assert reply.status_code == 400
-        assert "break" not in reply.text
     assert (await client.http.get(CREDENTIALS)).json() == {"items": []}
 
 

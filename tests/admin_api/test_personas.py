@@ -249,6 +249,17 @@ async def test_per_03_solvers_are_offered(client: Any, speaking: Any):
     assert all(set(each) == {"id", "name", "installed"} for each in listed)
 
 
+async def test_per_03_solvers_that_nobody_knows_are_refused(client: Any, speaking: Any):
+    offered = [each["id"] for each in (await client.http.get(f"{PERSONAS}/solvers")).json()["items"]]
+    persona = await made(client, solvers=["llm", *offered[:4]])
+    for solvers in (["nope-solver"], ["llm", "nope-solver"], ["ovos-solver-bus-plugin"]):
+        for method, path in (("POST", PERSONAS), ("PATCH", f"{PERSONAS}/{persona['id']}")):
+            reply = await client.http.request(method, path, json={"name": "Ben", "solvers": solvers})
+            assert (reply.status_code, list(reply.json()["details"])) == (400, ["solvers"])
+            assert solvers[-1] in reply.text
+    assert (await client.http.get(PERSONAS)).json()["total"] == 1
+
+
 async def test_per_05_a_persona_is_tried(client: Any, speaking: Any, used: Any):
     persona = await made(client, system_prompt="Be a pirate.", voice="slt", speed=2.0)
     there = f"{PERSONAS}/{persona['id']}/test"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 import struct
+import threading
 import wave
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import av
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.plugins.pool import Transcript
+from agentvoicebox.plugins import audio, models
+from agentvoicebox.plugins.pool import EngineMetrics, Transcript
 from agentvoicebox.tenancy.models import PLATFORM
 from agentvoicebox.tenancy.voices import VoiceConfig
 
@@ -101,6 +104,57 @@ async def test_what_makes_no_sense_is_refused_by_name(client: Any):
         assert (reply.status_code, list(reply.json()["details"])) == (400, [field])
 
 
+async def test_only_engines_that_are_there_can_be_chosen(client: Any):
+    for path, field, value in (
+        (CONFIG, "engine", "acme-merger-with-initech"),
+        (CONFIG, "fallbacks", ["auto", "agentvoicebox-tts-flite"]),
+        ("/api/v2/voice/config", "stt", "acme"),
+        ("/api/v2/voice/config", "stt_fallbacks", ["acme"]),
+    ):
+        reply = await client.http.patch(path, json={field: value})
+        assert (reply.status_code, reply.json()["error"], list(reply.json()["details"])) == (
+            400,
+            "unknown_engine",
+            [field],
+        )
+        for name in ("auto", "whisper", "deepgram", "openai", "agentvoicebox-stt-sphinx"):
+            assert name in reply.json()["message"]
+    told = {each["name"] for each in (await client.http.get(STT)).json()["engines"]}
+    assert {"auto", "whisper", "deepgram", "openai", "agentvoicebox-stt-sphinx"} <= told
+    for name in told:
+        assert (await client.http.patch(CONFIG, json={"engine": name})).status_code == 200
+
+
+async def test_a_model_that_is_not_installed_is_refused(client: Any, service: Any, speaking: Any, tmp_path: Path):
+    for door in (CONFIG, DOORS[0]):
+        if door == CONFIG:
+            reply = await client.http.patch(CONFIG, json={"model": "small"})
+        else:
+            reply = await post(client, wav(tone(0.1)), door, model="small")
+        assert (reply.status_code, reply.json()["error"]) == (409, "model_not_installed")
+        assert "avb models pull faster-whisper-small" in reply.json()["message"]
+        assert "Installed: none" in reply.json()["message"]
+    assert (await client.http.get(CONFIG)).json()["model"] == "auto"
+    for each in models.available(tmp_path):
+        if each.name == "faster-whisper-tiny":
+            (tmp_path / each.name).mkdir()
+            for file in each.files:
+                with (tmp_path / each.name / file.name).open("wb") as out:
+                    out.truncate(file.size)
+    here = speaking.engines
+    service.app.state.engines = replace(here, settings=replace(here.settings, models=tmp_path, engine="auto"))
+    assert "Installed: tiny." in (await client.http.patch(CONFIG, json={"model": "small"})).json()["message"]
+    for model in ("tiny", "auto"):
+        assert (await client.http.patch(CONFIG, json={"model": model})).json()["model"] == model
+    listed = (await client.http.get(STT)).json()["models"]
+    assert [each["name"] for each in listed if each["installed"]] == ["tiny"]
+    # What the operator has yet to fetch may be named as the default of all sessions.
+    settings = {"default_stt_model": "large-v3"}
+    assert (await client.http.patch("/api/v2/tenants/me/settings", json=settings)).status_code == 200
+    reply = await client.http.patch("/api/v2/tenants/me/settings", json={"default_stt_model": "whisper-1"})
+    assert (reply.status_code, list(reply.json()["details"])) == (400, ["default_stt_model"])
+
+
 async def test_scopes(client: Any, new_client: Any, speaking: Any):
     speaker = await new_client("realtime", tenant=client.tenant)
     nobody = await new_client("billing", tenant=client.tenant)
@@ -129,7 +183,7 @@ async def test_stt_05_models_are_shown_with_their_trade_offs(client: Any, speaki
     )
     await client.http.put("/api/v2/llm/credentials/deepgram", json={"api_key": "a key of ours"})
     ready = {each["name"]: each["ready"] for each in (await client.http.get(STT)).json()["engines"]}
-    assert ready["agentvoicebox-stt-deepgram"] is True
+    assert (ready["agentvoicebox-stt-deepgram"], ready["deepgram"], ready["openai"]) == (True, True, False)
     assert (await client.http.get(CONFIG)).json()["compute"]["engine"] == "agentvoicebox-stt-sphinx"
 
 
@@ -147,8 +201,9 @@ async def test_stt_09_what_is_said_is_understood_and_metered(
     assert reply.status_code == 200, reply.text
     told = reply.json()
     assert "time" in told["text"]
-    assert (told["engine"], told["audio_seconds"]) == (
+    assert (told["engine"], told["model"], told["audio_seconds"]) == (
         "agentvoicebox-stt-sphinx",
+        "",
         pytest.approx(question.seconds, abs=0.01),
     )
     assert told["segments"] == [
@@ -198,6 +253,19 @@ async def test_a_file_that_breaks_off_is_heard_as_far_as_it_goes(client: Any, sp
     reply = await post(client, whole[: len(whole) // 2])
     assert reply.status_code == 200
     assert 0 < reply.json()["audio_seconds"] < question.seconds
+
+
+async def test_files_are_read_by_threads_of_their_own(client: Any, speaking: Any, monkeypatch: pytest.MonkeyPatch):
+    decode, names = audio.decode, []
+
+    def seen(data: bytes, *, longest: float) -> bytes:
+        names.append(threading.current_thread().name)
+        return decode(data, longest=longest)
+
+    monkeypatch.setattr(audio, "decode", seen)
+    for door in DOORS:
+        assert (await post(client, wav(tone(0.1)), door)).status_code == 200
+    assert [name.startswith("audio-files") for name in names] == [True, True]
 
 
 async def test_what_is_too_long_is_refused_before_anybody_listens(client: Any, speaking: Any, used: Any):
@@ -271,11 +339,59 @@ async def test_what_is_long_is_heard_in_pieces(client: Any, service: Any, speaki
     assert await used(client) == {"stt_audio_seconds": pytest.approx(60)}
 
 
+async def test_the_model_that_served_is_told(client: Any, service: Any, speaking: Any):
+    class Whispering(Listening):
+        async def transcribe(self, pcm: bytes, settings: Any, tenant: Any) -> Transcript:
+            return replace(await super().transcribe(pcm, settings, tenant), engine="agentvoicebox-stt-whisper")
+
+    here = speaking.engines
+    service.app.state.engines = Whispering(replace(here, settings=replace(here.settings, whisper="small")))
+    assert (await post(client, wav(tone(0.1)))).json()["model"] == "small"
+
+
+async def test_stt_15_noise_is_taken_away_where_that_is_wanted(client: Any, service: Any, speaking: Any, used: Any):
+    class Hearing(Listening):
+        async def transcribe(self, pcm: bytes, settings: Any, tenant: Any) -> Transcript:
+            levels.append(np.frombuffer(pcm, "<i2").astype(float))
+            return await super().transcribe(pcm, settings, tenant)
+
+    levels: list[Any] = []
+    service.app.state.engines = Hearing(speaking.engines)
+    noise = np.random.default_rng(0).standard_normal(48_000) * 100
+    noise[16_000:32_000] += np.frombuffer(tone(1), "<i2") / 10
+    file = wav(noise.astype("<i2").tobytes())
+    for clean in ("false", "true"):
+        reply = await post(client, file, clean=clean)
+        assert (reply.status_code, reply.json()["audio_seconds"]) == (200, pytest.approx(3))
+    plain, clean_ = levels
+    assert np.abs(plain - noise).max() < 4
+    assert clean_.std() > 2 * plain.std(), "louder"
+    assert clean_[4_000:12_000].std() / clean_.std() < 0.7 * plain[4_000:12_000].std() / plain.std(), "with less noise"
+    assert (await post(client, file, clean="maybe")).status_code == 400
+
+
 async def test_what_was_heard_before_a_failure_is_metered(client: Any, service: Any, speaking: Any, used: Any):
     ear = service.app.state.engines = Listening(speaking.engines, fails_at=1)
     reply = await post(client, wav(bytes(32_000 * 60)))
     assert (reply.status_code, reply.json()["error"]) == (503, "engine_failed")
     assert await used(client) == {"stt_audio_seconds": pytest.approx(ear.heard[0][0], abs=1e-5)}
+
+
+class Counting:
+    """Stands before the engines, and has counted what it is told to have counted."""
+
+    def __init__(self, engines: Any, *counted: EngineMetrics) -> None:
+        self._engines = engines
+        self.counted = counted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engines, name)
+
+    def metrics(self) -> list[EngineMetrics]:
+        return list(self.counted)
+
+
+COUNTS = ("requests", "failures", "waiting", "working", "loaded", "memory", "open_circuits")
 
 
 async def test_stt_08_how_well_it_goes(client: Any, operator: httpx.AsyncClient, speaking: Any, question: Any):
@@ -286,7 +402,40 @@ async def test_stt_08_how_well_it_goes(client: Any, operator: httpx.AsyncClient,
     assert told["average_audio_seconds"] > 0
     assert told["average_confidence"] is None or 0 <= told["average_confidence"] <= 1
     assert 0 <= told["failure_rate"] < 1
-    assert (told["requests"], told["failures"]) == (None, None)  # which would tell of other tenants
+    assert [told[name] for name in COUNTS] == [None] * 7, "which would tell of other tenants"
     mine = {"X-Tenant-ID": str(client.tenant)}
     (told,) = (await operator.get(f"{STT}/metrics", headers=mine)).json()["items"]
     assert told["requests"] >= 1
+    assert (told["waiting"], told["working"], told["loaded"], told["open_circuits"]) == (0, 0, 1, 0)
+
+
+async def test_a_tenant_sees_the_recognisers_that_it_could_have(
+    client: Any, operator: httpx.AsyncClient, service: Any, speaking: Any
+):
+    names = ("agentvoicebox-stt-sphinx", "agentvoicebox-stt-deepgram", "acme-merger-with-initech", "other")
+    counted = [EngineMetrics("stt", name, "") for name in names] + [EngineMetrics("tts", "agentvoicebox-tts-flite", "")]
+    service.app.state.engines = Counting(speaking.engines, *counted)
+
+    async def seen(http: httpx.AsyncClient, **headers: str) -> list[str]:
+        return [each["engine"] for each in (await http.get(f"{STT}/metrics", headers=headers)).json()["items"]]
+
+    assert await seen(client.http) == ["agentvoicebox-stt-sphinx"]
+    await client.http.put("/api/v2/llm/credentials/deepgram", json={"api_key": "a key of ours"})
+    assert await seen(client.http) == ["agentvoicebox-stt-sphinx", "agentvoicebox-stt-deepgram"]
+    assert await seen(operator, **{"X-Tenant-ID": str(client.tenant)}) == list(names)
+
+
+async def test_guesses_that_gave_way_are_no_failures(
+    client: Any, operator: httpx.AsyncClient, service: Any, speaking: Any
+):
+    counted = EngineMetrics("stt", "agentvoicebox-stt-sphinx", "")
+    service.app.state.engines = Counting(speaking.engines, counted)
+    for code in ("busy", "busy", "engine_failed"):
+        counted.asked("", "en")
+        counted.failed(code)
+    counted.asked("", "en")
+    counted.waiting, counted.memory, counted.open = 3, 4_096, 1
+    (told,) = (await client.http.get(f"{STT}/metrics")).json()["items"]
+    assert told["failure_rate"] == 0.5
+    (told,) = (await operator.get(f"{STT}/metrics", headers={"X-Tenant-ID": str(client.tenant)})).json()["items"]
+    assert [told[name] for name in COUNTS] == [2, 1, 3, 0, 0, 4_096, 1]

@@ -6,7 +6,7 @@ import asyncio
 import io
 import wave
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import httpx
@@ -14,7 +14,7 @@ import pytest
 
 from agentvoicebox.admin_api import speech
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.plugins.pool import Speech
+from agentvoicebox.plugins.pool import Speech, Voice
 
 VOICE = "/api/v2/voice"
 CONFIG = f"{VOICE}/config"
@@ -88,11 +88,56 @@ async def test_scopes(client: Any, new_client: Any):
     for method, path, body in (
         ("GET", CONFIG, None),
         ("GET", f"{VOICE}/voices", None),
+        ("GET", f"{VOICE}/metrics", None),
         ("GET", f"{VOICE}/voices/slt/preview", None),
         ("POST", TTS, {"text": "Hello"}),
         ("GET", f"{VOICE}/usage", None),
     ):
         assert (await nobody.http.request(method, path, json=body)).status_code == 403, path
+
+
+async def test_only_engines_that_are_there_can_be_chosen(client: Any):
+    for field, value in (("tts", "acme"), ("tts", "whisper"), ("tts_fallbacks", ["auto", "acme"])):
+        reply = await client.http.patch(CONFIG, json={field: value})
+        assert (reply.status_code, reply.json()["error"], list(reply.json()["details"])) == (
+            400,
+            "unknown_engine",
+            [field],
+        )
+        assert "agentvoicebox-tts-kokoro" in reply.json()["message"]
+    assert (await client.http.patch(CONFIG, json={"tts": "agentvoicebox-tts-flite"})).status_code == 200
+
+
+async def test_tts_02_a_voice_is_heard_in_its_own_language(client: Any, service: Any, speaking: Any):
+    class Foreign(Slow):
+        said: ClassVar[list[str]] = []
+
+        async def voices(self) -> list[Voice]:
+            return [Voice("hf_alpha", "hi-IN"), Voice("jf_alpha", "ja-JP"), Voice("zf_xiaobei", "zh-CN")]
+
+        async def speak(self, text: str, settings: Any, tenant: Any) -> Speech:
+            self.said.append(text)
+            return Speech(bytes(3_200), 16_000)
+
+    service.app.state.engines = Foreign(speaking.engines)
+    for name in ("hf_alpha", "jf_alpha", "zf_xiaobei"):
+        assert (await client.http.get(f"{VOICE}/voices/{name}/preview")).status_code == 200
+    assert [text.isascii() for text in Foreign.said] == [False] * 3
+    assert len(set(Foreign.said)) == 3
+
+
+async def test_how_well_it_goes(client: Any, operator: httpx.AsyncClient, speaking: Any):
+    await client.http.post(TTS, json={"text": "How well does it go?"})
+    (told,) = (await client.http.get(f"{VOICE}/metrics")).json()["items"]
+    assert told["engine"] == "agentvoicebox-tts-flite"
+    assert told["average_seconds"] > 0
+    assert told["average_audio_seconds"] > 0
+    assert 0 <= told["failure_rate"] < 1
+    counts = ("requests", "failures", "waiting", "working", "loaded", "memory", "open_circuits")
+    assert [told[name] for name in counts] == [None] * 7, "which would tell of other tenants"
+    (told,) = (await operator.get(f"{VOICE}/metrics", headers={"X-Tenant-ID": str(client.tenant)})).json()["items"]
+    assert told["requests"] >= 1
+    assert (told["waiting"], told["working"], told["loaded"], told["open_circuits"]) == (0, 0, 1, 0)
 
 
 async def test_choices_of_two_tenants_are_two(client: Any, new_client: Any):
@@ -107,6 +152,7 @@ async def test_without_engines_it_says_so(client: Any):
     for reply in (
         await client.http.get(f"{VOICE}/voices"),
         await client.http.get(f"{VOICE}/voices/slt/preview"),
+        await client.http.get(f"{VOICE}/metrics"),
         await client.http.post(TTS, json={"text": "Hello"}),
     ):
         assert (reply.status_code, reply.json()["error"]) == (503, "no_engines")

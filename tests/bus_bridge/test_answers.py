@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ class Known:
         self.asked: list[tuple[str, str, str, dict[str, Any]]] = []
 
     async def ask(
-        self, name: str, question: str, language: str, config: Mapping[str, Any], deadline: float = 5.0
+        self, name: str, question: str, language: str, config: Mapping[str, Any], deadline: float = 5.0, *, tenant: str
     ) -> str | None:
+        assert uuid.UUID(tenant)
         self.asked.append((name, question, language, dict(config)))
         fact = self.facts.get(name)
         if isinstance(fact, AvbError):
@@ -128,6 +131,39 @@ async def test_a_tenants_key_comes_first_and_goes_to_no_address_of_the_platforms
     assert await answers.choices(shop.tenant.id, VoiceConfig(), Defaults()) == [
         (Endpoint("groq", key="gsk-own", url=""), "llama-3.1-8b-instant")
     ]
+
+
+async def test_what_cannot_be_asked_gives_way_to_the_next_choice(shop: Shop, caplog: pytest.LogCaptureFixture):
+    await shop.put("openai", "sk-own\n")
+    answers = shop.answers(groq_key="gsk-platform")
+    voice = VoiceConfig(
+        llm_provider="openai",
+        llm_url="https://models.example.com/v1?x=1",
+        llm_fallbacks=("compatible/a", "groq/b"),
+    )
+    assert await answers.choices(shop.tenant.id, voice, Defaults()) == [(Endpoint("groq", key="gsk-platform"), "b")]
+    assert [record.args for record in caplog.records] == [("provider_key_invalid",), ("provider_url_invalid",)]
+
+
+async def test_the_platforms_providers_are_those_it_has_a_way_to_ask(shop: Shop):
+    assert shop.answers().platform_providers == frozenset()
+    answers = shop.answers(groq_key="gsk-platform", openai_url="http://127.0.0.1:9", ollama_url="http://127.0.0.1:9")
+    assert answers.platform_providers == {"groq", "ollama"}
+
+
+async def test_a_tenant_whose_answers_fail_switches_nobody_else_s_off(
+    shop: Shop, answers: Answers, language_model: Any
+):
+    other = await tenants.create(shop.store, f"t-{uuid.uuid4().hex[:12]}", "Another", "enterprise")
+    language_model.says(status=500)
+    codes = []
+    for _ in range(6):
+        with pytest.raises(AvbError) as caught:
+            await said(answers.stream(shop.who(), None, QUESTION))
+        codes.append(caught.value.code)
+    assert codes == ["provider_failed"] * 5 + ["circuit_open"]
+    language_model.says()
+    assert await said(answers.stream(replace(shop.who(), tenant_id=other.id), None, QUESTION)) == "Hello there."
 
 
 async def test_the_platforms_key_goes_to_no_address_of_a_tenants(shop: Shop):
@@ -330,6 +366,34 @@ async def test_what_cannot_be_asked_is_the_askers_fault_and_asked_of_nobody_else
         await said(answers.stream(shop.who(), ada, [{"role": "user", "content": "word " * 100_000}]))
     assert caught.value.code == "prompt_too_long"
     assert shop.known.asked == []
+
+
+async def test_what_cannot_be_read_anew_is_logged_and_nothing_is_left_behind(caplog: pytest.LogCaptureFixture):
+    recent, tenant, begun = _Recent(1e9), uuid.uuid4(), asyncio.Event()
+    reads = 0
+
+    async def read() -> int:
+        nonlocal reads
+        reads += 1
+        if reads == 2:
+            raise ValueError("a secret")
+        if reads == 3:
+            begun.set()
+            await asyncio.Event().wait()
+        return reads
+
+    assert await recent.get(tenant, "what", read) == 1
+    recent._held[tenant]["what"] = (time.monotonic() + 1e8, 1)
+    assert await recent.get(tenant, "what", read) == 1
+    while recent._renewing:
+        await asyncio.sleep(0)
+    assert await recent.get(tenant, "what", read) == 1
+    assert [record.args for record in caplog.records] == [("ValueError",)]
+    await begun.wait()
+    (task,) = recent._renewing.values()
+    await recent.close()
+    assert task.cancelled()
+    assert not recent._renewing
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------------

@@ -242,6 +242,19 @@ async def test_there_is_an_end_to_what_is_kept(store: Store, books: Books, monke
     assert store.texts(name) == ["one", "two"]
 
 
+async def test_a_session_that_says_too_much_loses_its_own_history_alone(
+    store: Store, books: Books, caplog: pytest.LogCaptureFixture
+):
+    loud = write(opened(books), *("said" for _ in range(2 * module.MOST_WAITING)))
+    quiet = write(opened(books), "one", "two")
+    await books.close()
+    assert store.texts(quiet) == ["one", "two"]
+    assert store.texts(loud) == ["said"] * module.MOST_OF_SESSION
+    lost = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert len(lost) == 1
+    assert str(loud) in lost[0]
+
+
 async def test_closing_empty_books(store: Store, books: Books):
     await books.close()
     assert not store.writing.is_set()

@@ -93,6 +93,24 @@ async def test_a_turn_there_and_back(bus: Bus, core: Core):
     assert asked["context"]["session"]["active_skills"] == [["x", 1]], "what core keeps in the session comes back to it"
 
 
+@pytest.mark.parametrize(
+    ("meta", "apology"),
+    [
+        ({"skill": "avb.persona", "avb": "apology"}, True),
+        ({"skill": "avb.persona"}, False),
+        ({"avb": ["apology"]}, False),
+        ('avb: "avb"', False),
+        (None, False),
+    ],
+)
+async def test_an_apology_is_known_and_any_skills_meta_borne(bus: Bus, core: Core, meta: Any, apology: bool):
+    caller = Caller(bus)
+    bus.ask(caller.line, "resp_1", "hello", "en-US")
+    asked = await core.next("recognizer_loop:utterance")
+    await core.say(reply(asked, "speak", {"utterance": "no", "meta": meta}))
+    assert await caller.next() == ev.Spoke("resp_1", "no", apology=apology)
+
+
 async def test_a_session_that_comes_back_with_less_is_no_trouble(bus: Bus, core: Core):
     caller = Caller(bus)
     bus.ask(caller.line, "resp_1", "hello", "en-US")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -195,6 +196,17 @@ async def test_tools_are_called(client: AsyncOpenAI, language_model: Any):
     assert [each["role"] for each in language_model.asked[-1]["messages"]] == ["system", "user", "assistant", "tool"]
 
 
+async def test_a_provider_writes_nothing_into_our_format(site: Site, language_model: Any):
+    language_model.says("Hello \ud83d", finish='stop"}],"error":[{"code":"')
+    async with site.http() as http:
+        whole = (await http.post("/v1/chat/completions", json=ASKED)).json()
+        streamed = await http.post("/v1/chat/completions", json={**ASKED, "stream": True})
+    chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n") if line and line != "data: [DONE]"]
+    assert whole["choices"][0]["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert whole["choices"][0]["message"]["content"] == chunks[0]["choices"][0]["delta"]["content"] == "Hello ?"
+    assert not any("error" in chunk for chunk in chunks)
+
+
 async def test_models_are_listed_and_can_be_asked(client: AsyncOpenAI, site: Site, language_model: Any):
     ada = await personas.create(site.store, site.tenant_id, Character(name="Ada Lovelace", system_prompt="You count."))
     names = [model.id async for model in client.models.list()]
@@ -304,6 +316,8 @@ async def test_a_key_is_held_to_its_rates(site: Site):
         (b"[]", None),
         (b"{", None),
         (b'{"messages": [{"role": "user", "content": "\xff"}]}', None),
+        (b'{"messages": [{"role": "user"}], "tools": [{"a": ' + b"[" * 100_000, None),
+        (b'{"messages": [{"role": "user"}], "x": ' + b"[" * 100_000, None),
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
@@ -320,6 +334,7 @@ async def test_a_key_is_held_to_its_rates(site: Site):
         ({**ASKED, "n": 2}, "n"),
         ({**ASKED, "tools": {}}, "tools"),
         ({**ASKED, "tools": [{"type": "function"}]}, "tools"),
+        ({**ASKED, "tools": [TOOL], "tool_choice": {"function": "x"}}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "word " * 60_000}]}, "messages"),
     ],
 )

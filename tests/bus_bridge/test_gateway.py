@@ -128,6 +128,11 @@ async def test_a_key_without_the_scope_may_not(stack: Any, new_customer: Any):
         assert (status, code_of(path, body)) == (403, "insufficient_scope")
 
 
+async def test_a_persona_that_there_is_not_is_no_model(stack: Any, customer: Any):
+    status, body = await refused(stack, "/v1/realtime?model=persona:Nobody", additional_headers=customer.headers)
+    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "model_not_found", "model")
+
+
 async def test_a_foreign_page_may_not_open_a_socket_and_our_own_may(stack: Any, customer: Any):
     status, body = await refused(stack, PATHS[0], additional_headers=customer.headers, origin="https://evil.example")
     assert (status, body["error"]["code"]) == (403, "origin_not_allowed")
@@ -347,12 +352,13 @@ async def test_a_session_is_not_connected_again_once_it_has_ended(stack: Any, cu
 
 
 async def test_an_item_cannot_be_larger_than_core_takes(stack: Any, customer: Any):
-    parts = [{"type": "input_text", "text": "x" * 8_000}] * 600
     async with realtime(stack, customer) as socket:
-        item = {"type": "message", "role": "user", "content": parts}
-        await socket.send(json.dumps({"type": "conversation.item.create", "item": item, "event_id": "e1"}))
-        told = await read(socket)
-        assert (told["error"]["code"], told["error"]["event_id"]) == ("invalid_value", "e1")
+        for count, code, name in ((600, "event_too_large", None), (20, "invalid_value", "e1")):
+            parts = [{"type": "input_text", "text": "x" * 8_000}] * count
+            item = {"type": "message", "role": "user", "content": parts}
+            await socket.send(json.dumps({"type": "conversation.item.create", "item": item, "event_id": "e1"}))
+            told = await read(socket)
+            assert (told["error"]["code"], told["error"]["event_id"]) == (code, name)
         assert await write("realtime", socket, "who am i talking to")
 
 

@@ -38,6 +38,33 @@ def test_what_has_been_told_is_not_taken_back():
     assert partials.hear("x y") == ""
 
 
+def test_characters_are_told_where_no_spaces_part_words():
+    partials = Partials()
+    assert partials.hear("今天天") == ""
+    assert partials.hear("今天天气怎么") == "今天天"
+    assert partials.hear("今天天气怎么样？") == "气怎么"
+    partials = Partials()
+    partials.hear("こんにちは、東京の")
+    assert partials.hear("こんにちは、東京は") == "こんにちは、東京"
+    assert partials.hear("こんにちは。東京は晴れ") == "は"
+
+
+def test_words_between_characters_stay_whole_and_keep_their_spaces():
+    partials = Partials()
+    partials.hear("打开 kitchen lig")
+    assert partials.hear("打开 kitchen lights的") == "打开 kitchen"
+    assert partials.hear("打开 kitchen lights的灯") == " lights的"
+
+
+def test_marks_stay_with_their_letters():
+    partials = Partials()
+    partials.hear("ที่นี่")
+    assert partials.hear("ที่นั่") == "ที่", "a guess that changes a vowel changes the letter below it"
+    partials = Partials()
+    partials.hear("राम की")
+    assert partials.hear("राम का घर") == "राम"
+
+
 def test_guesses_become_rarer_as_the_utterance_grows():
     partials, guessed_at = Partials(), []
     for step in range(1, 600):

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter
 
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.calls import Call, Wish
-from agentvoicebox.bus_bridge.models import SessionSettings, TurnDetection, TurnStatus
+from agentvoicebox.bus_bridge.models import SessionSettings, Tokens, TurnDetection, TurnStatus
 from agentvoicebox.bus_bridge.realtime.codec import RateState, RealtimeCodec
-from agentvoicebox.bus_bridge.realtime.requests import MAX_AUDIO
+from agentvoicebox.bus_bridge.realtime.requests import MAX_AUDIO, MAX_EVENT, MAX_TOOLS
 from agentvoicebox.bus_bridge.wire import WireError
 
 SETTINGS = SessionSettings()
@@ -308,6 +308,57 @@ def test_a_spoken_turn_in_the_order_clients_rely_on(codec: RealtimeCodec):
     assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": "It is noon. Really."}]
     assert done["usage"]["input_token_details"]["audio_tokens"] == 12
     assert done["usage"]["output_tokens"] == 40
+
+
+def test_what_the_model_writes_is_joined_as_it_is(codec: RealtimeCodec):
+    texts = ("Here:\n\n", "* one", "\n* t", "wo")
+    codec.encode(ev.ReplyStarted("resp_1", "item_2", None, False, None), SETTINGS)
+    written = [frame for text in texts for frame in codec.encode(ev.ReplyText("resp_1", text, True), SETTINGS)]
+    assert "".join(frame.get("delta", "") for frame in read(written)) == "Here:\n\n* one\n* two"
+    ended = ev.ReplyEnded("resp_1", TurnStatus.COMPLETED, None, None, "".join(texts), 0.0, tokens=Tokens(7, 3))
+    done = read(codec.encode(ended, SETTINGS))[-1]["response"]
+    assert done["output"][0]["content"][0]["text"] == "Here:\n\n* one\n* two"
+    assert done["usage"]["input_token_details"]["text_tokens"] == done["usage"]["input_tokens"] == 7
+    assert done["usage"]["output_token_details"]["text_tokens"] == done["usage"]["output_tokens"] == 3
+    assert done["usage"]["total_tokens"] == 10
+
+
+def large(**fields: Any) -> str:
+    return sent(**fields, event_id="e", padding="x" * MAX_EVENT)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        large(type="session.update", session={"type": "realtime"}),
+        large(type="session.update", session={"type": "realtime"}, note="input_audio_buffer.append"),
+        large(type="input_audio_buffer.append", audio="not base64"),
+        large(type="input_audio_buffer.append"),
+        '"input_audio_buffer.append"' * MAX_EVENT,
+        b"x" * MAX_EVENT * 2,
+    ],
+)
+def test_only_audio_may_be_large(codec: RealtimeCodec, frame: str | bytes):
+    with pytest.raises(WireError) as caught:
+        codec.decode(frame, SETTINGS)
+    assert caught.value.code == "event_too_large"
+
+
+def test_large_audio_is_taken(codec: RealtimeCodec):
+    pcm = bytes(MAX_EVENT)
+    frame = sent(type="input_audio_buffer.append", event_id="e", audio=base64.b64encode(pcm).decode())
+    assert codec.decode(frame, SETTINGS) == [ev.AudioAppended(pcm, "e")]
+
+
+@pytest.mark.parametrize("kind", ["session", "response"])
+def test_tools_are_bounded_together(codec: RealtimeCodec, kind: str):
+    tools = [WEATHER | {"parameters": {"type": "object", "enum": ["x" * (MAX_TOOLS // 2)]}}] * 2
+    names = {"session": ("session.update", {"type": "realtime"}), "response": ("response.create", {})}
+    name, more = names[kind]
+    assert codec.decode(sent(type=name, **{kind: more | {"tools": tools[:1]}}), SETTINGS)
+    with pytest.raises(WireError) as caught:
+        codec.decode(sent(type=name, event_id="e", **{kind: more | {"tools": tools}}), SETTINGS)
+    assert (caught.value.param, caught.value.event_id) == (f"{kind}.tools", "e")
 
 
 def test_a_written_turn(codec: RealtimeCodec):

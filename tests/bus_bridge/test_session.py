@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.calls import Call, Wish
-from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, TurnDetection, TurnStatus, timings_ms
+from agentvoicebox.bus_bridge.calls import MOST_MESSAGES, Call, Wish
+from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, Tokens, TurnDetection, TurnStatus, timings_ms
 from agentvoicebox.bus_bridge.session import (
     CORE_SILENCE,
     ENGINE_SILENCE,
@@ -212,7 +212,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "", "
 def test_with_tools_the_model_answers_without_core():
     told = Told(SessionSettings(tools=(TOOL,)))
     turn = told.say("how is the weather")
-    assert told.last(ev.Converse) == ev.Converse(turn, "how is the weather", Wish())
+    assert told.last(ev.Converse) == ev.Converse(turn, "how is the weather", Wish(), speaks=True)
     assert told.count(ev.Ask) == 0
     told(ev.Called(turn, Call("call_1", "weather", "{}")))
     assert told.last(ev.ReplyCalls).call.name == "weather"
@@ -229,8 +229,88 @@ def test_with_tools_the_model_answers_without_core():
     assert told.last(ev.Synthesize).text == "It rains."
 
 
+def called(told: Told, *ids: str, wish: Wish | None = None) -> None:
+    """A turn in which the model wants these called."""
+    told(ev.TextAdded("how is the weather"))
+    told(ev.ResponseWanted(wish=wish))
+    turn = told.last(ev.ReplyStarted).turn_id
+    for id in ids:
+        told(ev.Called(turn, Call(id, "weather", "{}")))
+    told(ev.Handled(turn))
+
+
+def test_what_nobody_called_returns_nothing():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    called(told, "call_1", "call_2")
+    called(told, "call_3", wish=Wish(apart=True))
+    for stranger in ("call_9", "call_3"):
+        assert kinds(told(ev.ResultAdded(stranger, "surprise", event_id="mine"))) == ["Problem"]
+        assert (told.last(ev.Problem).code, told.last(ev.Problem).event_id) == ("unknown_call", "mine")
+    told(ev.ResultAdded("call_1", "rain"))
+    assert told.last(ev.Return) == ev.Return("call_1", "rain")
+    assert kinds(told(ev.ResultAdded("call_1", "snow"))) == ["Problem"], "once is enough"
+    called(told)
+    assert told(ev.ResultAdded("call_2", "late"))[1] == ev.Return("call_2", "late"), "answers in between end no call"
+
+
+def test_calls_that_never_return_are_forgotten_at_some_time():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    called(told, *(f"call_{number}" for number in range(1_000)))
+    assert kinds(told(ev.ResultAdded("call_0", "rain"))) == ["Problem"]
+    assert len(told.session._calls or ()) == MOST_MESSAGES
+
+
+def test_an_answer_to_read_comes_as_it_is_written():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    told(ev.TextAdded("show me"))
+    told(ev.ResponseWanted())
+    turn = told.last(ev.ReplyStarted).turn_id
+    for text in ("Here:\n\n``", "`\nx = ", "", "1\n```"):
+        out = told(ev.Wrote(turn, text), MODEL_SILENCE - 1)
+        assert out == ([ev.ReplyText(turn, text, goes_on=True)] if text else [])
+    told(ev.Handled(turn, Tokens(7, 3)))
+    ended = told.last(ev.ReplyEnded)
+    assert (ended.status, ended.text) == (TurnStatus.COMPLETED, "Here:\n\n```\nx = 1\n```")
+    assert ended.tokens == Tokens(7, 3)
+
+
+def test_a_model_that_is_at_it_is_waited_for():
+    told = Told(SessionSettings(tools=(TOOL,)))
+    turn = told.say("tell me everything")
+    for _ in range(5):
+        told(ev.Progressed(turn), MODEL_SILENCE - 1)
+        assert told.session.deadline == told.now + MODEL_SILENCE
+    told(ev.Spoke(turn, "Well."))
+    told(ev.Progressed(turn), 1.0)
+    assert told.session.deadline == told.now - 1.0 + ENGINE_SILENCE, "an engine that hangs is not"
+
+
+def test_an_apology_is_told_as_one():
+    told = Told(TEXT_ONLY)
+    told(ev.TextAdded("hello"))
+    told(ev.ResponseWanted())
+    turn = told.last(ev.ReplyStarted).turn_id
+    told(ev.Spoke(turn, "One."))
+    told(ev.Spoke(turn, "I have lost the rest.", apology=True))
+    told(ev.Handled(turn))
+    assert told.last(ev.ReplyEnded).apology
+
+
+def test_an_answer_apart_without_input_leaves_the_question_open():
+    told = Told(TEXT_ONLY)
+    told(ev.TextAdded("hello"))
+    wish = Wish(instructions="Classify it.", apart=True)
+    told(ev.ResponseWanted(wish=wish))
+    turn = told.last(ev.ReplyStarted).turn_id
+    assert told.last(ev.Converse) == ev.Converse(turn, "hello", wish, speaks=False)
+    told(ev.Handled(turn))
+    told(ev.ResponseWanted())
+    assert told.last(ev.Ask).text == "hello"
+
+
 def test_nothing_is_answered_twice_because_of_one_result():
     told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    called(told, "call_1")
     told(ev.ResultAdded("call_1", "rain"))
     told(ev.ResponseWanted())
     told(ev.Handled(told.last(ev.ReplyStarted).turn_id))
@@ -243,7 +323,7 @@ def test_an_answer_with_instructions_of_its_own_is_the_models():
     told(ev.TextAdded("hello"))
     wish = Wish(instructions="Answer in Latin.")
     told(ev.ResponseWanted(wish=wish))
-    assert told.last(ev.Converse) == ev.Converse(told.last(ev.ReplyStarted).turn_id, "hello", wish)
+    assert told.last(ev.Converse) == ev.Converse(told.last(ev.ReplyStarted).turn_id, "hello", wish, speaks=False)
     told(ev.TextAdded("what time is it"))
     told(ev.Handled(told.last(ev.ReplyStarted).turn_id))
     told(ev.ResponseWanted())

@@ -181,6 +181,12 @@ def test_what_is_no_address_of_redis_is_refused_and_not_shown(address: object) -
         ("private_urls", "perhaps"),
         ("ollama_url", "host:11434"),
         ("compatible_url", "file:///etc/passwd"),
+        ("ollama_url", "http://u:hunter2@host:11434"),
+        ("compatible_url", "https://host/v1?api-version=hunter2"),
+        ("openai_url", "https://host/v1#hunter2"),
+        ("groq_url", "https://host/v1\n"),
+        ("openai_key", "hunter2\n"),
+        ("deepgram_key", "hünter2"),
     ],
 )
 def test_a_value_that_cannot_be_is_named_with_what_could(name: str, value: object) -> None:
@@ -188,6 +194,7 @@ def test_a_value_that_cannot_be_is_named_with_what_could(name: str, value: objec
     assert (error.code, error.param) == ("validation_error", name)
     assert error.message.startswith(f"Setting {name}")
     assert "invalid literal" not in error.message
+    assert "nter2" not in str(error)
 
 
 def test_a_name_nobody_knows_is_an_error_that_lists_the_names(write: Write) -> None:

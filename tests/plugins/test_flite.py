@@ -119,10 +119,10 @@ def voice() -> Iterator[FliteTTS]:
 
 
 @pytest.fixture(scope="module")
-def reading() -> Iterator[FliteTTS]:
-    """One for all examples of a property."""
+def reading() -> Iterator[tuple[FliteTTS, tuple[bytes, set[int]]]]:
+    """One for all examples of a property, and what it says at noon."""
     engine = FliteTTS()
-    yield engine
+    yield engine, joined(engine.stream("It is noon.", voice="kal"))
     engine.shutdown()
 
 
@@ -152,8 +152,7 @@ def test_the_parts_are_the_audio_of_the_whole(voice: FliteTTS, name: str, tmp_pa
     assert joined(parts) == expected
     assert len(parts) > 3
     assert 0.04 < len(parts[0][0]) / 2 / parts[0][1] < 0.15, "the first is a short one"
-    again, rates = joined(voice.stream(text, "en-US", name, 1.0))
-    assert (len(again), rates) == (len(expected[0]), expected[1]), "in a process that has spoken before"
+    assert joined(voice.stream(text, "en-US", name, 1.0)) == expected, "in a process that has spoken before"
     assert len(speaking()) == 1
 
 
@@ -166,7 +165,7 @@ def test_each_sentence_has_its_own_voice_and_speed(voice: FliteTTS):
     assert len(said("kal", None)) == usual, "the speed of one is not that of the next"
     assert len(said("kal", 90.0)) == fast
     assert len({said(name, 1.0) for name in VOICES}) == len(VOICES)
-    assert len(said("nobody", 1.0)) == len(said(None, None)) == len(said("slt", 1.0))
+    assert said("nobody", 1.0) == said(None, None) == said("slt", 1.0)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "...", "?!", "\x00\x01"])
@@ -238,7 +237,9 @@ def test_what_nobody_listens_to_is_not_said_to_the_next(voice: FliteTTS, tmp_pat
     assert joined(voice.stream("It is noon.", voice="kal16")) == expected
 
 
-def test_a_caller_who_leaves_stops_it_and_nobody_gets_a_process_that_is_about_to_be_killed(voice: FliteTTS):
+def test_a_caller_who_leaves_stops_it_and_nobody_gets_a_process_that_is_about_to_be_killed(
+    voice: FliteTTS, monkeypatch: pytest.MonkeyPatch
+):
     def leave_at_once(text: str) -> int:
         caller, heard = Caller(), 0
 
@@ -255,7 +256,9 @@ def test_a_caller_who_leaves_stops_it_and_nobody_gets_a_process_that_is_about_to
         return heard
 
     assert 0 < leave_at_once(LONG) < 1_000
-    assert leave_at_once("No.") > 0, "also where all was said before the kill came"
+    with monkeypatch.context() as patch:
+        patch.setattr(children._Child, "kill", lambda child: None)  # all is said before the kill comes
+        assert leave_at_once("No.") > 2
     assert joined(voice.stream("No.", voice="kal"))[1] == {8_000}
 
 
@@ -365,21 +368,27 @@ def test_nonsense_is_a_failure_of_the_engine(voice: FliteTTS, answer: bytes, mon
     assert caught.value.code == "engine_failed"
 
 
+@pytest.mark.parametrize("word", ["x" * 9_000, "7" * 59 + " ", "7.7" * 15 + " ", "alpha bravo ", "\u2028a"])
+def test_what_has_no_end_begins_soon_all_the_same(voice: FliteTTS, word: str):
+    """Where one sentence is made of it all, flite takes a minute before it says the first word of it."""
+    with closing(voice.stream(word * (9_000 // len(word)), voice="slt")) as parts:
+        pcm, rate = next(parts)
+    assert pcm
+    assert rate == 16_000
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(exclude_categories=()), max_size=300), st.sampled_from(["kal", "kal16"]))
 @example("a\ud800b", "kal")
-@example("x" * 9_000, "kal")
-@example("7" * 9_000, "kal")
 @example("word\x00" * 2_000, "kal")
 @example("\u202e\ufeffZ\u0351\u0348a\U0001f9d1\u200d\U0001f680", "kal16")
 @example("(" * 4_000 + "a" + ")" * 4_000, "kal")
 @example("<speak><break time='9999s'/></speak> %s%n \\", "kal")
 @example("$9999999999999999999999 1/2 12:99 1e999 -0 IV MMXX a.b.c.d", "kal")
-def test_no_text_hangs_or_harms(reading: FliteTTS, text: str, name: str):
-    with suppress(Unavailable):
-        pcm, rates = joined(reading.stream(text, "en-US", name, 1.0))
-        assert pcm
-        assert len(pcm) % 2 == 0
-        assert rates <= {8_000, 16_000}
-    after = joined(reading.stream("It is noon.", "en-US", "kal", 1.0))
-    assert (len(after[0]), after[1]) == (12_000, {8_000})
+def test_no_text_hangs_or_harms(reading: tuple[FliteTTS, tuple[bytes, set[int]]], text: str, name: str):
+    engine, noon = reading
+    pcm, rates = joined(engine.stream(text, "en-US", name, 1.0))
+    assert pcm
+    assert len(pcm) % 2 == 0
+    assert rates <= {8_000, 16_000}
+    assert joined(engine.stream("It is noon.", voice="kal")) == noon, "nothing of the last one"

@@ -283,6 +283,23 @@ async def test_a_pool_streams_it(tiny_kokoro: Path, engine: KokoroTTS):
         await asyncio.to_thread(pool.close)
 
 
+async def test_a_voice_pinned_by_a_session_does_not_make_it_mute_in_another_language(
+    tiny_kokoro: Path, engine: KokoroTTS
+):
+    pool = Pool(threads=2)
+    spec = EngineSpec("tts", "agentvoicebox-tts-kokoro", (("model", str(tiny_kokoro)),))
+    try:
+        found = await pool.speak(spec, "Bonjour.", "fr-FR", "am_onyx")
+        assert found.pcm == b"".join(pcm for pcm, _ in engine.stream("Bonjour.", voice="ff_siwis"))
+    finally:
+        await asyncio.to_thread(pool.close)
+
+
+def test_it_takes_no_more_cores_than_it_is_told(tiny_kokoro: Path):
+    made = [KokoroTTS({"model": str(tiny_kokoro), "cores": cores}).parallel for cores in (1, 12)]
+    assert made == [2, 3]
+
+
 def test_files_of_other_speeds_and_voices_are_other_files(engine: KokoroTTS):
     contexts = [{}, {"voice": "af_sarah"}, {"speed": 1.5}]
     names = {engine._get_ctxt({"lang": "en-US", **choices}).tts_id for choices in contexts}

@@ -247,6 +247,15 @@ def test_auto_takes_what_is_here_ear_and_voice_apart(tmp_path: Path):
     assert (forced.stt, forced.tts) == (nothing.stt, nothing.tts)
 
 
+def test_what_workers_have_need_not_be_here(tmp_path: Path):
+    there = models.wanted(tmp_path, "small")
+    assert (there.stt, there.notice) == (models.whisper_spec(tmp_path, "small", vad=True), None)
+    assert there.tts.plugin == "agentvoicebox-tts-kokoro"
+    for name in models.defaults("small"):
+        lay_down(tmp_path, name)
+    assert there == models.choose("models", tmp_path, "small")
+
+
 def test_what_a_whisper_model_gives_it_costs():
     told = models.trade_offs()
     assert [choice.model for choice in told] == ["tiny", "base", "small", "medium", "large-v2", "large-v3"]

@@ -451,9 +451,12 @@ async def test_an_error_is_one_polite_sentence(
     desk.script = answer
     with caplog.at_level(logging.DEBUG):
         _ask(bus)
-        (said,) = _spoken(await bus.turn())
+        messages = await bus.turn()
+    (said,) = _spoken(messages)
     assert said.startswith(begins)
     assert "secret" not in said + caplog.text
+    (meta,) = [message["data"]["meta"] for message in messages if message["type"] == SPEAK]
+    assert meta == {"skill": persona.SKILL, "avb": "apology"}, "the bridge does not take it for an answer"
 
 
 @pytest.mark.parametrize(

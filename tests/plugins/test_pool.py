@@ -11,8 +11,10 @@ import time
 import wave
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import av
+import numpy as np
 import psutil
 import pytest
 from ovos_plugin_manager.templates.stt import STT
@@ -71,9 +73,42 @@ class Slow(STT):
         return "done"
 
 
+class Formats(TTS):
+    """Writes what its configuration says, as stock plugins do: half a second in many formats."""
+
+    chosen: ClassVar[list[Any]] = []
+
+    def get_tts(
+        self, sentence: str, wav_file: str, lang: str | None = None, voice: str | None = None
+    ) -> tuple[str, None]:
+        Formats.chosen.append(voice)
+        kind, codec = self.config["format"]
+        rate = 24_000
+        tone = np.sin(np.arange(rate // 2, dtype=np.float32) / 20).reshape(1, -1) / 2
+        with av.open(wav_file, "w", format=kind) as file:
+            stream = file.add_stream(codec, rate=rate, layout="mono")
+            for start in range(0, tone.size, 960):
+                frame = av.AudioFrame.from_ndarray(tone[:, start : start + 960], format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = rate, start
+                for converted in av.AudioResampler(stream.format, "mono", rate).resample(frame):
+                    file.mux(stream.encode(converted))
+            file.mux(stream.encode(None))
+        return wav_file, None
+
+
+class Garbage(Formats):
+    """Writes what is no audio."""
+
+    def get_tts(self, sentence: str, wav_file: str, lang: str | None = None) -> tuple[str, None]:  # type: ignore[override]
+        Path(wav_file).write_bytes(b"<html>your quota</html>")
+        return wav_file, None
+
+
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "plugin_class", lambda kind, name: {"plain": Plain, "slow": Slow}.get(name))
+    found = {"plain": Plain, "slow": Slow, "formats": Formats, "garbage": Garbage}
+    monkeypatch.setattr(engine, "plugin_class", lambda kind, name: found.get(name))
+    Formats.chosen = []
     Plain.loaded = Slow.steps = 0
     Slow.begun.clear()
 
@@ -99,6 +134,22 @@ async def test_any_stock_plugin_serves_and_stereo_becomes_mono(engines: Pool, st
     speech = await engines.speak(EngineSpec("tts", "plain"), "x", "en-US", "voice", 2.0)
     assert (speech.rate, len(speech.pcm)) == (22_050, 44_100)
     assert set(speech.pcm[::2]) == {2}
+
+
+@pytest.mark.parametrize(
+    "form", [("mp3", "libmp3lame"), ("ogg", "libopus"), *(("wav", f"pcm_{each}le") for each in ("s24", "s32", "f32"))]
+)
+async def test_whatever_format_a_stock_plugin_writes_is_read(engines: Pool, stand_ins: None, form: tuple[str, str]):
+    speech = await engines.speak(EngineSpec("tts", "formats", (("format", form),)), "x", "en-US", "somebody")
+    assert 0.4 < speech.seconds < 0.7
+    assert np.abs(np.frombuffer(speech.pcm, "<i2")).max() > 10_000
+    assert Formats.chosen == [None], "no voice is known to be one of its own"
+
+
+async def test_what_is_no_audio_is_the_engines_failure(engines: Pool, stand_ins: None):
+    with pytest.raises(Unavailable) as caught:
+        await engines.speak(EngineSpec("tts", "garbage"), "x", "en-US")
+    assert caught.value.code == "engine_failed"
 
 
 async def test_a_missing_plugin_says_so_and_may_come_later(engines: Pool, monkeypatch: pytest.MonkeyPatch):

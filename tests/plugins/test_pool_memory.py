@@ -14,7 +14,9 @@ import pytest
 from ovos_plugin_manager.templates.stt import STT
 
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.plugins.pool import EngineSpec, Pool, engine
+from agentvoicebox.plugins.breaker import FAILURES
+from agentvoicebox.plugins.pool import EngineSpec, Loaded, Pool, engine
+from agentvoicebox.plugins.pool.memory import LEAST
 
 MIB = 1024**2
 AUDIO = bytes(320)
@@ -80,7 +82,7 @@ def sized(name: str, size: int = 40, **more: Any) -> EngineSpec:
     return EngineSpec("stt", "sized", tuple(sorted({"name": name, "size": size, **more}.items())))
 
 
-async def hear(pool: Pool, spec: EngineSpec, **more: Any) -> str:
+async def hear(pool: Pool, spec: EngineSpec | tuple[EngineSpec, ...], **more: Any) -> str:
     return (await pool.transcribe(spec, AUDIO, 16_000, "en-US", **more)).text
 
 
@@ -158,6 +160,51 @@ async def test_one_in_use_is_waited_for(pool: Pool):
     assert Sized.shut == ["known", "busy"]
 
 
+async def test_where_another_engine_can_be_asked_room_is_not_waited_for_long(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("agentvoicebox.plugins.pool.ROOM", 0.01)
+    busy, known, small = sized("busy", 60, slow=True), sized("known", 50), sized("small", 10)
+    await hear(pool, known)
+    work = asyncio.create_task(hear(pool, busy))
+    assert await asyncio.to_thread(Sized.started.wait, 10)
+    await loaded(pool, 1)
+    for _ in range(FAILURES + 1):
+        assert await hear(pool, (known, small)) == "small"
+    assert pool._lines[known].breaker.state == "closed", "it is not the engine that has no room"
+    assert sum(each.failures.get("engines_full", 0) for each in pool.metrics()) == FAILURES + 1
+    Sized.gate.set()
+    assert (await work, await hear(pool, known)) == ("busy", "known")
+
+
+async def test_engines_of_unknown_size_are_loaded_one_at_a_time_but_none_waits_for_ever(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    begun: list[str] = []
+    gate = asyncio.Event()
+
+    async def load(spec: EngineSpec) -> Loaded:
+        begun.append(spec.plugin)
+        await gate.wait()
+        return Loaded()
+
+    monkeypatch.setattr(pool._runner, "load", load)
+    cloud = EngineSpec("stt", "cloud", (("key", "k"),))
+    loads = [asyncio.create_task(pool.load(EngineSpec("stt", "fat", (("number", n),)))) for n in range(3)]
+    loads.append(asyncio.create_task(pool.load(cloud)))
+    while len(begun) < 2:
+        await asyncio.sleep(0)
+    assert begun == ["fat", "cloud"] or begun == ["cloud", "fat"], "what is a service elsewhere takes little"
+    monkeypatch.setattr("agentvoicebox.plugins.pool.ALONE", 0.01)
+    loads.append(asyncio.create_task(pool.load(EngineSpec("stt", "late"))))
+    while len(begun) < 3:
+        await asyncio.sleep(0.001)
+    assert begun[2] == "late"
+    gate.set()
+    await asyncio.gather(*loads)
+    assert sorted(begun) == ["cloud", "fat", "fat", "fat", "late"]
+
+
 async def test_what_an_engine_does_not_tell_is_measured(pool: Pool):
     await hear(pool, EngineSpec("stt", "fat"))
     assert 48 * MIB < pool.metrics()[0].memory < 100 * MIB
@@ -176,6 +223,7 @@ def test_before_the_first_load_the_size_of_the_model_on_disk_is_expected(tmp_pat
     ):
         assert engine.expected(EngineSpec("stt", "x", (("model", str(model)),))) == size
     assert engine.expected(EngineSpec("stt", "x")) == 0
+    assert engine.expected(EngineSpec("stt", "x", (("key", "k"),))) == LEAST
 
 
 async def test_engines_that_nobody_asks_for_any_more_are_not_remembered_for_ever(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
@@ -14,7 +15,9 @@ from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
 from agentvoicebox.plugins.breaker import FAILURES
 from agentvoicebox.plugins.pool import EngineSpec, Heard, Pool, Transcript, cancelled, engine
 
-NUMBERS, BATCHES, FLAKY, FICKLE = (EngineSpec("stt", name) for name in ("numbers", "batches", "flaky", "fickle"))
+NUMBERS, BATCHES, FLAKY, FICKLE, DOUBLE = (
+    EngineSpec("stt", name) for name in ("numbers", "batches", "flaky", "fickle", "double")
+)
 MISSING = EngineSpec("stt", "no-such-plugin")
 
 
@@ -55,6 +58,12 @@ class Batches(Plugin):
         return [BadInput("seven") if number == 7 else (f"{number} ", 2.0, "de-DE") for number in numbers]
 
 
+class Double(Batches):
+    """Does two such calls at once."""
+
+    parallel = 2
+
+
 class Flaky(Plugin):
     """Fails when it is told."""
 
@@ -87,8 +96,9 @@ class Fickle(Plugin):
 
 @pytest.fixture(autouse=True)
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {"numbers": Plugin, "batches": Batches, "flaky": Flaky, "fickle": Fickle}
+    found = {"numbers": Plugin, "batches": Batches, "flaky": Flaky, "fickle": Fickle, "double": Double}
     monkeypatch.setattr(engine, "plugin_class", lambda kind, name: found.get(name))
+    monkeypatch.setattr("agentvoicebox.plugins.pool.installed", lambda kind: frozenset(found))
     Plugin.begun, Plugin.started, Plugin.gate = [], threading.Semaphore(0), threading.Semaphore(0)
     Plugin.deaf = False
     Batches.sizes, Flaky.calls, Flaky.ill, Fickle.attempts = [], 0, True, 0
@@ -172,6 +182,37 @@ async def test_what_makes_a_whole_batch_fail_takes_nobody_with_it(pool: Pool, as
     assert [getattr(each, "text", getattr(each, "code", "")) for each in found] == ["1", "2", "engine_failed", "3"]
 
 
+async def test_free_places_share_what_waits(pool: Pool, ask: Ask):
+    await pool.load(DOUBLE)
+    tasks = [ask(number, f"tenant {number}", DOUBLE) for number in range(5)]
+    await begun()
+    await begun()
+    assert sorted(Batches.sizes) == [2, 3]
+    Plugin.gate.release(2)
+    await asyncio.gather(*tasks)
+
+
+async def test_one_place_is_kept_from_guesses(pool: Pool, ask: Ask):
+    await pool.load(DOUBLE)
+    first = ask(1, "a", DOUBLE, tentative=True)
+    await begun()
+    second = ask(2, "b", DOUBLE, tentative=True)
+    await waiting(pool, 1)
+    assert Plugin.begun == [1]
+    certain = ask(3, "c", DOUBLE)
+    await begun()
+    assert Plugin.begun == [1, 3]
+    Plugin.gate.release(3)
+    assert [(await task).text for task in (first, second, certain)] == ["1", "2", "3"]
+
+
+async def test_guesses_that_fail_are_not_held_against_the_engine(pool: Pool, ask: Ask):
+    for _ in range(2 * FAILURES):
+        assert (await error_of(ask(1, spec=FLAKY, tentative=True))).code == "engine_failed"
+    Flaky.ill = False
+    assert (await ask(1, spec=FLAKY)).text == "well"
+
+
 async def test_guesses_give_way_to_all_other_work(pool: Pool, ask: Ask):
     first = ask(0)
     await begun()
@@ -236,11 +277,13 @@ async def test_the_next_engine_serves_where_one_fails_hangs_or_is_missing(pool: 
     assert (await error_of(ask(3, spec=()))).code == "engine_missing"
 
 
-async def test_bad_input_is_neither_failed_over_nor_held_against_the_engine(pool: Pool, ask: Ask):
-    Plugin.gate.release(1)
+async def test_what_one_engine_refuses_the_next_one_may_take_and_nobody_is_left_alone_for_it(pool: Pool, ask: Ask):
+    Plugin.gate.release(2 * FAILURES + 1)
     for _ in range(2 * FAILURES):
-        assert (await error_of(ask(7, spec=(FLAKY, NUMBERS)))).code == "unsupported_language"
-    assert Plugin.begun == []
+        assert (await ask(7, spec=(FLAKY, NUMBERS))).engine == "numbers"
+    assert (await ask(7, spec=(FLAKY, NUMBERS), tentative=True)).engine == "numbers"
+    for order in ((FLAKY, MISSING), (MISSING, FLAKY)):
+        assert (await error_of(ask(7, spec=order))).code == "unsupported_language", "which trying again does not mend"
     Flaky.ill = False
     assert (await ask(1, spec=FLAKY)).text == "well"
 
@@ -287,7 +330,36 @@ async def test_a_load_that_fails_is_told_to_all_who_wait_and_tried_again_by_the_
     assert {error.code for error in errors} == {"engine_failed"}
     assert "avb models pull" in errors[0].message
     assert Fickle.attempts == 1, "one failure, however many waited"
+    cause: BaseException | None = errors[0]
+    while cause is not None:
+        cause, before = cause.__cause__, cause
+        assert cause is not before, "nothing is the cause of itself"
     assert (await ask(1, spec=FICKLE)).text == "loaded"
+
+
+async def test_a_load_that_fails_when_all_have_left_is_no_news(pool: Pool, ask: Ask, monkeypatch: pytest.MonkeyPatch):
+    told: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def load(spec: EngineSpec) -> None:
+        begun.set()
+        await gate.wait()
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(pool._runner, "load", load)
+    left = ask(1)
+    await begun.wait()
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    gate.set()
+    while pool._lines[NUMBERS].busy:
+        await asyncio.sleep(0)
+    pool._lines[NUMBERS].loading = None
+    del left  # whose frames hold on to what it waited for
+    gc.collect()
+    asyncio.get_running_loop().set_exception_handler(None)
+    assert told == []
 
 
 async def test_audio_that_is_none(pool: Pool):

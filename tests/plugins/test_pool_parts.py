@@ -153,9 +153,14 @@ def test_what_clients_write_makes_no_endless_series():
     assert sum(metrics.failures.values()) == 5_000
     known: dict[tuple[str, str, str], EngineMetrics] = {}
     for number in range(1_000):
-        key = engine_of(EngineSpec("stt", "whisper", (("model", f"m{number}"),)), known)
+        key = engine_of(EngineSpec("stt", "whisper", (("model", f"m{number}"),)), known, {"whisper"})
         known[key] = EngineMetrics(*key)
     assert len(known) == MOST_ENGINES + 1
+
+
+def test_a_name_that_no_plugin_has_is_told_to_nobody():
+    mine = EngineSpec("stt", "my secret project", (("model", "mine"),))
+    assert engine_of(mine, (), {"whisper"}) == ("stt", "other", "other")
 
 
 def test_a_models_name_is_told_without_its_place():

@@ -13,6 +13,7 @@ import pytest
 from ovos_plugin_manager.templates.tts import TTS
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.plugins.breaker import FAILURES
 from agentvoicebox.plugins.pool import EngineSpec, Pool, Speech, Voice, cancelled, engine
 from agentvoicebox.plugins.spoken import Spoken
 
@@ -76,6 +77,7 @@ class Plain(TTS):
 def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     found, real = {"parts": Parts, "broken": Broken, "plain": Plain}, engine.plugin_class
     monkeypatch.setattr(engine, "plugin_class", lambda kind, name: found.get(name) or real(kind, name))
+    monkeypatch.setattr("agentvoicebox.plugins.pool.installed", lambda kind: frozenset(found))
     Parts.calls, Parts.made = [], []
     Parts.gate, Parts.ended = threading.Semaphore(0), threading.Event()
 
@@ -104,8 +106,7 @@ async def test_a_part_comes_as_soon_as_it_is_made(pool: Pool):
 
 async def test_an_engine_without_parts_gives_one(pool: Pool):
     assert [part.seconds async for part in pool.stream(PLAIN, "Good day.", "en-US", "any")] == [0.01]
-    parts = [part async for part in pool.stream(FLITE, "Good day.", "en-US", "rms")]
-    assert [(part.rate, part.engine) for part in parts] == [(16_000, FLITE.plugin)]
+    assert [part.engine async for part in pool.stream(PLAIN, "Good day.", "en-US")] == ["plain"]
 
 
 async def test_who_stops_listening_stops_the_work_at_once(pool: Pool):
@@ -135,9 +136,10 @@ async def test_the_next_engine_speaks_unless_the_first_has_begun(pool: Pool):
     with pytest.raises(Unavailable) as broken:
         await anext(stream)
     assert broken.value.code == "engine_failed"
+    assert (await pool.speak((PARTS, PLAIN), "refuse", "en-US")).engine == "plain"
     with pytest.raises(BadInput) as refused:
-        await pool.speak((PARTS, PLAIN), "refuse", "en-US")
-    assert refused.value.code == "unknown_voice"
+        await pool.speak((PARTS, BROKEN), "refuse", "en-US")
+    assert refused.value.code == "unknown_voice", "nobody has spoken"
 
 
 async def test_each_part_has_its_deadline_and_the_whole_of_speak_one(pool: Pool):
@@ -198,6 +200,26 @@ async def test_a_voice_it_does_not_have_is_its_own_choice(pool: Pool):
     await pool.speak(PARTS, "one", "en-US", "carol")
     await pool.speak(PARTS, "one", "en-US", "auto")
     assert [call[2] for call in Parts.calls] == [None, None]
+
+
+async def test_a_voice_of_another_language_is_the_engines_own_choice_where_it_has_one_of_that_language(pool: Pool):
+    Parts.gate.release(5)
+    for language in ("en-GB", "auto", "fr-FR", "de-DE"):
+        await pool.speak(PARTS, "one", language, "bob")
+    assert [call[2] for call in Parts.calls] == ["bob", "bob", "bob", None]
+
+
+async def test_that_an_engine_tells_its_voices_says_nothing_of_whether_it_speaks(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
+    Parts.gate.release(100)
+    for _ in range(FAILURES):
+        with pytest.raises(Unavailable):
+            await pool.speak(PARTS, "break", "en-US")
+    assert await pool.voices(PARTS), "also while it is left alone"
+    monkeypatch.setattr("agentvoicebox.plugins.breaker.REST", 0.0)
+    assert await pool.voices(PARTS)
+    assert pool._lines[PARTS].breaker.state == "half_open"
 
 
 async def test_voices_are_listed_with_what_is_known_of_them(pool: Pool):

@@ -24,7 +24,9 @@ from agentvoicebox.config.errors import BadInput, Unavailable
 from agentvoicebox.plugins import whisper
 from agentvoicebox.plugins.pool import EngineSpec, Pool
 from agentvoicebox.plugins.pool.engine import Caller
+from agentvoicebox.plugins.pool.line import Crowded
 from agentvoicebox.plugins.pool.runner import Heard
+from agentvoicebox.plugins.pool.threads import Threads
 from agentvoicebox.plugins.whisper import WhisperSTT
 
 SENTENCES = ("what time is it", "stop", "how are you", "good morning")
@@ -301,6 +303,17 @@ def test_the_language_is_found_with_the_same_encoding(build_whisper: Build, tone
     assert watched.detected == 2, "a language that is told is not looked for"
 
 
+async def test_it_shares_the_cores_and_tells_its_memory(tiny_whisper: Path):
+    spec = EngineSpec("stt", "agentvoicebox-stt-whisper", (("model", str(tiny_whisper)),))
+    for cores in (1, 3):
+        runner = Threads(cores)
+        loaded = await runner.load(spec)
+        await runner.close()
+        assert loaded.parallel == cores
+    weights = (tiny_whisper / "model.bin").stat().st_size
+    assert loaded.memory == weights // 2 + (100 << 20)
+
+
 def test_a_long_talk_is_heard_in_pieces_and_its_language_found_once(build_whisper: Build, tone: Tone):
     plugin = engine(build_whisper(languages={"en": (0, 1, 2), "de": (3,)}))
     watched = watch(plugin)
@@ -312,7 +325,7 @@ def test_a_long_talk_is_heard_in_pieces_and_its_language_found_once(build_whispe
     assert watched.detected == 2
     assert len(watched.encoded) == 4
     [busy] = heard(plugin, long, tentative=True)
-    assert isinstance(busy, Unavailable)
+    assert isinstance(busy, Crowded), "which no pool holds against the engine"
     assert busy.code == "busy"
 
 

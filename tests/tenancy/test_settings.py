@@ -51,6 +51,17 @@ async def test_what_is_put_is_got_whole(database: Database, tenant: Tenant, othe
     assert await settings.get(database, other.id) == Settings()
 
 
+async def test_a_model_of_an_earlier_release_that_there_is_not_leaves_the_choice_to_the_operator(
+    database: Database, tenant: Tenant, admin: Any
+) -> None:
+    await settings.put(database, tenant.id, Settings(default_stt_model="tiny"))
+    await admin.execute("UPDATE tenant_settings SET default_stt_model = 'whisper-1' WHERE tenant_id = %s", (tenant.id,))
+    assert (await settings.get(database, tenant.id)).default_stt_model == "auto"
+    changed = await settings.patch(database, tenant.id, {"require_mfa": True})
+    assert (changed.require_mfa, changed.default_stt_model) == (True, "auto")
+    assert await settings.get(database, tenant.id) == changed
+
+
 async def test_a_patch_leaves_the_rest(database: Database, tenant: Tenant) -> None:
     await settings.put(database, tenant.id, Settings(primary_color="#112233", require_mfa=True))
     changed = await settings.patch(database, tenant.id, {"session_timeout_minutes": 5})
@@ -101,7 +112,8 @@ async def test_an_unknown_tenant(database: Database) -> None:
         ("default_voice_provider", "gcloud"),
         ("default_voice_provider", 7),
         ("default_stt_model", ""),
-        ("default_stt_model", "x" * 51),
+        ("default_stt_model", "whisper-1"),
+        ("default_stt_model", ["base"]),
         ("default_tts_voice", "a b"),
         ("default_llm_model", "x" * 101),
         ("default_llm_provider", "../etc"),

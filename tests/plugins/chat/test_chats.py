@@ -115,7 +115,7 @@ async def test_tools_are_called_in_openai_s_form(providers: Any, chat: Chats, pr
         {"role": "tool", "tool_call_id": "c1", "content": "it burnt out"},
         {"role": "user", "content": "Again."},
     ]
-    request = Request(messages, temperature=1.5, max_tokens=300, tools=[LIGHT], tool_choice="required", user="u1")
+    request = Request(messages, temperature=1.5, max_tokens=300, tools=[LIGHT], tool_choice="required")
     calls: dict[int, dict[str, str]] = {}
     async for delta in chat.stream([(endpoint(server, provider), "small")], request):
         for call in delta.tool_calls or ():
@@ -142,7 +142,6 @@ async def test_tools_are_called_in_openai_s_form(providers: Any, chat: Chats, pr
         ]
         assert body["tools"] == [{"name": "light", "description": "A lamp.", "input_schema": {"type": "object"}}]
         assert (body["tool_choice"], body["temperature"], body["max_tokens"]) == ({"type": "any"}, 1.0, 300)
-        assert body["metadata"] == {"user_id": "u1"}
     elif provider == "ollama":
         assert [each["role"] for each in body["messages"]] == ["system", "user", "assistant", "tool", "user"]
         assert body["messages"][2]["tool_calls"] == [{"function": {"name": "light", "arguments": {"on": True}}}]
@@ -152,7 +151,7 @@ async def test_tools_are_called_in_openai_s_form(providers: Any, chat: Chats, pr
     else:
         assert (body["messages"], body["tools"], body["tool_choice"]) == (messages, [LIGHT], "required")
         limit = "max_tokens" if provider == "compatible" else "max_completion_tokens"
-        assert (body["temperature"], body[limit], body["user"]) == (1.5, 300, "u1")
+        assert (body["temperature"], body[limit]) == (1.5, 300)
 
 
 FAILURES = [
@@ -266,14 +265,111 @@ async def test_nobody_waits_longer_than_our_patience(providers: Any) -> None:
 async def test_a_provider_that_keeps_failing_is_left_alone(providers: Any, chat: Chats) -> None:
     server = await providers(fail="error")
     choice = [(endpoint(server), "small")]
-    assert (await failing(chat.stream(choice, ask())))[1].code == "provider_failed"
-    assert (await failing(chat.stream(choice, ask())))[1].code == "circuit_open"
-    assert len(server.asked) == 5
-    _, error = await failing(chat.stream(choice, ask()))
+    for _ in range(5):
+        assert (await failing(chat.stream(choice, ask(), "acme")))[1].code == "provider_failed"
+    assert len(server.asked) == 15  # a request counts once, however often it is tried
+    _, error = await failing(chat.stream(choice, ask(), "acme"))
     assert isinstance(error, Unavailable)
-    assert (error.code, error.tokens, len(server.asked)) == ("circuit_open", Tokens(0, 0), 5)  # type: ignore[attr-defined]
-    other = Endpoint("compatible", "another key", server.url())
-    assert (await failing(chat.stream([(other, "small")], ask())))[1].code == "provider_failed"
+    assert (error.code, error.tokens, len(server.asked)) == ("circuit_open", Tokens(0, 0), 15)  # type: ignore[attr-defined]
+    for other, tenant in (
+        ((endpoint(server), "small"), "beta"),
+        ((endpoint(server), "large"), "acme"),
+        ((Endpoint("compatible", "another key", server.url()), "small"), "acme"),
+    ):
+        assert (await failing(chat.stream([other], ask(), tenant)))[1].code == "provider_failed"
+
+
+async def test_a_provider_that_nobody_reaches_is_left_alone_by_all(chat: Chats) -> None:
+    choice = [(Endpoint("compatible", KEY, "http://127.0.0.1:1/v1"), "small")]
+    for number in range(5):
+        assert (await failing(chat.stream(choice, ask(), f"tenant {number}")))[1].code == "provider_unreachable"
+    assert (await failing(chat.stream(choice, ask(), "acme")))[1].code == "circuit_open"
+
+
+async def test_what_an_sdk_cannot_make_a_request_of_is_the_asker_s_fault(
+    providers: Any, chat: Chats, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await providers()
+    choice = [(endpoint(server, "ollama"), "small")]
+    tool = {"type": "function", "function": {"name": "x", "parameters": {"type": "object", "properties": SECRET}}}
+    for _ in range(6):
+        answer = chat.stream(choice, ask(tools=[tool]))
+        _, error = await failing(answer)
+        assert (type(error), error.code, answer.tokens) == (BadInput, "messages_invalid", Tokens(0, 0))
+    assert (server.asked, chat.metrics()[0].requests) == ([], 0)
+    assert [delta.finish async for delta in chat.stream(choice, ask())][-1] == "stop"
+    assert not any(SECRET in record.getMessage() for record in caplog.records)
+
+
+async def test_more_calls_than_anybody_means_are_garbage(providers: Any, chat: Chats) -> None:
+    server = await providers(text="Well.", tools=[("light", {})] * 65)
+    for provider in ("openai", "anthropic", "ollama"):
+        _, error = await failing(chat.stream([(endpoint(server, provider), "small")], ask(tools=[LIGHT])))
+        assert error.code == "provider_garbage"
+    server.script.tools.pop()
+    for provider in ("openai", "anthropic", "ollama"):
+        request = ask(tools=[LIGHT], max_tokens=4096)
+        deltas = [delta async for delta in chat.stream([(endpoint(server, provider), "small")], request)]
+        assert deltas[-1].finish == "tool_calls"
+
+
+def sending(server: Any, *deltas: dict[str, Any]) -> None:
+    """Let a server that speaks like OpenAI send these and end."""
+
+    async def openai(script: Any, body: Any) -> AsyncIterator[str]:
+        for delta in deltas:
+            yield server._chunk(delta)
+        yield server._chunk({}, "stop")
+        yield "data: [DONE]\n\n"
+
+    server.openai = openai
+
+
+@pytest.mark.parametrize("calls", [[{"index": 64}], [{"index": -1}], [{"index": 0}] * 65, [{"index": 10**30}]])
+async def test_calls_that_cannot_be_are_garbage(providers: Any, chat: Chats, calls: list[Any]) -> None:
+    server = await providers()
+    sending(server, {"tool_calls": calls})
+    assert (await failing(chat.stream([(endpoint(server), "small")], ask())))[1].code == "provider_garbage"
+
+
+async def test_pieces_of_calls_without_anything_in_them_have_an_end(providers: Any, chat: Chats) -> None:
+    server = await providers()
+    sending(server, *[{"tool_calls": [{"index": 0}] * 64}] * 100)
+    deltas = [delta async for delta in chat.stream([(endpoint(server), "small")], ask(max_tokens=10))]
+    assert deltas[-1].finish == "length"
+    assert len(deltas) < 10
+
+
+@pytest.mark.parametrize("provider", ["openai", "groq", "anthropic", "ollama"])
+async def test_what_utf_8_cannot_hold_is_replaced(providers: Any, chat: Chats, provider: str) -> None:
+    half = "half \ud83d"
+    server = await providers(text=half, tools=[(half, {"a": half})])
+    if provider in ("openai", "groq"):
+        call = {"index": 0, "id": half, "function": {"name": half, "arguments": half}}
+        sending(server, {"content": half}, {"tool_calls": [call]})
+    deltas = [delta async for delta in chat.stream([(endpoint(server, provider), "small")], ask(tools=[LIGHT]))]
+    assert "".join(delta.text for delta in deltas) == "half ?"
+    [name] = [
+        call["function"]["name"] for each in deltas for call in each.tool_calls or () if call["function"].get("name")
+    ]
+    assert name == "half ?"
+    assert json.dumps([each.tool_calls for each in deltas], ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("length", "length"),
+        ("tool_calls", "tool_calls"),
+        ("content_filter", "content_filter"),
+        ('stop"}],"error":{"code":"', "stop"),
+        ("eos", "stop"),
+    ],
+)
+async def test_an_answer_ends_in_one_of_four_ways(providers: Any, chat: Chats, said: str, told: str) -> None:
+    server = await providers(finish=said)
+    deltas = [delta async for delta in chat.stream([(endpoint(server), "small")], ask())]
+    assert deltas[-1].finish == told
 
 
 async def test_wrong_requests_do_not_shut_a_provider_off(providers: Any, chat: Chats) -> None:
@@ -412,18 +508,6 @@ async def test_clients_that_nobody_uses_are_closed_when_there_are_many(
             await asyncio.sleep(0)
         hold.set()
         assert [delta.text async for delta in answer] == [" two", ""]
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-async def test_models_are_listed(providers: Any, chat: Chats, provider: str) -> None:
-    server = await providers()
-    assert await chat.models(endpoint(server, provider)) == ["large", "small"]
-
-
-async def test_models_of_nobody_are_an_error(chat: Chats) -> None:
-    with pytest.raises(ProviderFailed) as caught:
-        await chat.models(Endpoint("compatible", KEY, "http://127.0.0.1:1/v1"))
-    assert (caught.value.code, caught.value.__context__) == ("provider_unreachable", None)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

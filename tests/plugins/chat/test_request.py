@@ -61,11 +61,31 @@ def test_parameters_out_of_bounds_are_refused(more: dict[str, Any]) -> None:
     assert (caught.value.code, caught.value.param) == ("parameter_invalid", *more)
 
 
-@pytest.mark.parametrize("tools", ["light", [7], [{"type": "function"}], [{"function": {"name": 7}}]])
+@pytest.mark.parametrize(
+    "tools",
+    [
+        "light",
+        [7],
+        [{"type": "function"}],
+        [{"function": {"name": 7}}],
+        [{"function": {"name": "x", "parameters": "nope"}}],
+        [{"function": {"name": "x", "description": ["nope"]}}],
+    ],
+)
 def test_tools_that_are_none_are_refused(tools: Any) -> None:
     with pytest.raises(BadInput) as caught:
         measure(Request([USER], tools=tools))
     assert caught.value.code == "messages_invalid"
+
+
+@pytest.mark.parametrize("choice", [{"function": "x"}, {"function": {}}, {"name": 7}, {}, "any", 7, ["auto"], True])
+def test_choices_of_tools_that_are_none_are_refused(choice: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "x"}}]
+    with pytest.raises(BadInput) as caught:
+        measure(Request([USER], tools=tools, tool_choice=choice))
+    assert (caught.value.code, caught.value.param) == ("messages_invalid", "tool_choice")
+    for good in (None, "auto", "none", "required", {"type": "function", "name": "x"}, {"function": {"name": "x"}}):
+        assert measure(Request([USER], tools=tools, tool_choice=good)) > 0
 
 
 @pytest.mark.parametrize(

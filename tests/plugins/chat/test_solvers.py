@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agentvoicebox.config.errors import BadInput, NotFound, Unavailable
-from agentvoicebox.plugins.chat import Delta, Tokens, solvers
+from agentvoicebox.plugins.chat import solvers
 from agentvoicebox.plugins.chat.solvers import Solvers
 
 QUESTION = "who keeps my secret"
@@ -136,13 +136,6 @@ async def test_an_answer_has_an_end(solver: Solvers) -> None:
     assert answer == "a" * solvers.LONGEST_ANSWER
 
 
-async def test_a_solver_answers_like_a_language_model(solver: Solvers) -> None:
-    end = Delta(finish="stop", tokens=Tokens(0, 0))
-    deltas = [each async for each in solver.deltas("quiz-moody", QUESTION, "en-US", {"mood": "good"})]
-    assert deltas == [Delta("fine"), end]
-    assert [each async for each in solver.deltas("quiz-moody", QUESTION, "en-US", {"mood": "none"})] == [end]
-
-
 @pytest.mark.parametrize("mood", ["raise", "exit"])
 async def test_a_solver_that_raises_is_named_and_left_alone_after_a_while(
     solver: Solvers, caplog: pytest.LogCaptureFixture, mood: str
@@ -154,34 +147,61 @@ async def test_a_solver_that_raises_is_named_and_left_alone_after_a_while(
     with pytest.raises(Unavailable) as caught:
         await solver.ask("quiz-moody", QUESTION, "en-US", {"mood": mood})
     assert caught.value.code == "circuit_open"
+    with pytest.raises(Unavailable) as caught:
+        await solver.ask("quiz-moody", QUESTION, "en-US", {"mood": mood}, tenant="another")
+    assert caught.value.code == "solver_failed"
     assert await solver.ask("quiz-moody", QUESTION, "en-US", {"mood": "good"}) == "fine"
     ours = [each for each in caplog.records if each.name.startswith("agentvoicebox")]
-    assert len(ours) == 5
+    assert len(ours) == 6
     assert not any(QUESTION in each.getMessage() or each.exc_info for each in ours)
     assert all(each.levelno == logging.WARNING for each in ours)
 
 
 async def test_a_solver_that_hangs_stops_nobody_else(solver: Solvers) -> None:
-    asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, deadline=0.5) for _ in range(30)]
+    asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, 0.5, tenant=str(number % 5)) for number in range(30)]
     done = await asyncio.gather(*asks, return_exceptions=True)
     codes = [getattr(each, "code", each) for each in done]
     most = solvers.THREADS + solvers.WAITING
     assert (codes.count("solver_timeout"), codes.count("solver_busy")) == (most, 30 - most)
     module = sys.modules["quiz_solvers"]
     assert len(module.threads) == solvers.THREADS
-    with pytest.raises(Unavailable) as caught:
-        await solver.ask("quiz-hanging", QUESTION, "en-US", {})
-    assert caught.value.code == "circuit_open"
     assert await solver.ask("quiz-moody", QUESTION, "en-US", {"mood": "good"}) == "fine"
     module.gate.set()
     assert await solver.ask("quiz-hanging", QUESTION, "en-US", {"another": 1}) == "at last"
 
 
+async def test_one_tenant_cannot_have_all_places_of_a_solver(solver: Solvers) -> None:
+    asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, 0.5, tenant="acme") for _ in range(30)]
+    codes = [getattr(each, "code", each) for each in await asyncio.gather(*asks, return_exceptions=True)]
+    assert (codes.count("solver_timeout"), codes.count("solver_busy")) == (solvers.PLACES, 30 - solvers.PLACES)
+    with pytest.raises(Unavailable) as caught:
+        await solver.ask("quiz-hanging", QUESTION, "en-US", {}, tenant="acme")
+    assert caught.value.code == "circuit_open"
+    module = sys.modules["quiz_solvers"]
+    assert len(module.threads) == solvers.PLACES < solvers.THREADS
+    beta = asyncio.create_task(solver.ask("quiz-hanging", QUESTION, "en-US", {}, tenant="beta"))
+    while len(module.threads) == solvers.PLACES:
+        await asyncio.sleep(0.01)
+    module.gate.set()
+    assert await beta == "at last"
+
+
+async def test_a_solver_that_needs_a_key_is_not_asked_with_somebody_else_s(solver: Solvers) -> None:
+    for config in ({}, {"appid": ""}):
+        with pytest.raises(BadInput) as caught:
+            await solver.ask("ovos-solver-plugin-wolfram-alpha", QUESTION, "en-US", config)
+        assert caught.value.code == "solver_config_invalid"
+    with pytest.raises(NotFound):
+        await solver.ask("ovos-solver-plugin-wolfram-alpha", QUESTION, "en-US", {"appid": "ours"})
+
+
 async def test_a_solver_that_loads_slowly_answers_the_next_question(solver: Solvers) -> None:
+    codes = []
     for _ in range(6):  # more often than a breaker allows
         with pytest.raises(Unavailable) as caught:
             await solver.ask("quiz-hanging", QUESTION, "en-US", {"slow": True}, deadline=0.01)
-        assert caught.value.code == "solver_timeout"
+        codes.append(caught.value.code)
+    assert codes == ["solver_timeout"] * solvers.PLACES + ["solver_busy"]
     while "quiz_solvers" not in sys.modules:
         await asyncio.sleep(0.01)
     module = sys.modules["quiz_solvers"]
@@ -189,11 +209,12 @@ async def test_a_solver_that_loads_slowly_answers_the_next_question(solver: Solv
         await asyncio.sleep(0.01)
     module.loading.set()
     module.gate.set()
-    assert await solver.ask("quiz-hanging", QUESTION, "en-US", {"slow": True}) == "at last"
+    assert await solver.ask("quiz-hanging", QUESTION, "en-US", {"slow": True}, tenant="another") == "at last"
 
 
 async def test_who_is_cancelled_leaves_no_job_behind(solver: Solvers) -> None:
-    tasks = [asyncio.create_task(solver.ask("quiz-hanging", QUESTION, "en-US", {})) for _ in range(solvers.THREADS + 8)]
+    asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, tenant=str(n % 4)) for n in range(solvers.THREADS + 8)]
+    tasks = [asyncio.create_task(each) for each in asks]
     while len(getattr(sys.modules.get("quiz_solvers"), "threads", ())) < solvers.THREADS:
         await asyncio.sleep(0.01)
     for task in tasks:

@@ -12,7 +12,7 @@ from agentvoicebox.plugins.chat.tokens import Count, Tokens
 def counting(text: str = "", calls: list[dict[str, Any]] | None = None) -> Count:
     """A prompt of 400 bytes, at most 1024 tokens asked for, and this said."""
     count = Count(400, 1024)
-    count.send()
+    count.sent = True
     count.said(text, calls)
     return count
 
@@ -20,9 +20,9 @@ def counting(text: str = "", calls: list[dict[str, Any]] | None = None) -> Count
 def test_what_was_not_sent_costs_nothing() -> None:
     count = Count(400, 1024)
     assert count.tokens() == Tokens(0, 0)
-    count.send()
+    count.sent = True
     assert count.tokens() == Tokens(100, 0, estimated=True)
-    count.unsend()
+    count.sent = False
     assert count.tokens() == Tokens(0, 0)
 
 

@@ -20,8 +20,8 @@ from ovos_utils import classproperty
 from agentvoicebox.config.errors import BadInput, RateLimited
 from agentvoicebox.plugins.pool import cancelled
 
-POISON, REFUSED, LIMITED = 13, 14, 15
-"""Numbers that kill the process, that are refused and that are too many."""
+POISON, REFUSED, LIMITED, HANGING = 13, 14, 15, 16
+"""Numbers that kill the process, that are refused, that are too many and that nothing brings to an end."""
 
 
 class Told:
@@ -68,6 +68,8 @@ class Ear(STT):
         self._told.tell(f"begin-{number}")
         if number == POISON:
             os.kill(os.getpid(), signal.SIGKILL)
+        while number == HANGING:
+            time.sleep(0.1)
         if not self._told.wait(f"go-{number}"):
             self._told.tell(f"cancelled-{number}")
             return ""
