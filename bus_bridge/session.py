@@ -650,7 +650,7 @@ class Session:
             self._fail(turn, "stt_timeout", f"Speech was not recognised within {ENGINE_SILENCE:.0f} s.", now)
         elif turn.synthesizing:
             self._fail(turn, "tts_timeout", f"Speech was not synthesised within {ENGINE_SILENCE:.0f} s.", now)
-        elif turn.said:
+        elif turn.said and turn.wish is None:
             turn.handled = True
             self._settle_if_complete(turn, now)
         else:

@@ -11,10 +11,13 @@ from fastapi import APIRouter
 from sqlalchemy import text
 
 from agentvoicebox.admin_api import app, auth, openapi
-from agentvoicebox.tenancy import domains, projects, sessions, tenants
+from agentvoicebox.tenancy import domains, personas, projects, sessions, tenants
+from agentvoicebox.tenancy.personas import Character
 
 UNKNOWN = "11111111-2222-4333-8444-555555555555"
 BODIES = {
+    "/{persona_id}/test": {"message": "hello"},
+    "/default-persona": {"persona_id": None},
     "/environments": {"name": "here"},
     "/deployments": {"environment_id": UNKNOWN, "version": "1"},
     "/settings": {"require_mfa": False},
@@ -123,7 +126,7 @@ async def test_another_tenant_cannot_be_named_in_the_path(client: Any, new_clien
         assert real.json() == unknown.json()
 
 
-BARE = [(method, path) for method, path in GUARDED if re.search(r"\{(?!tenant_id)", path)]
+BARE = [(method, path) for method, path in GUARDED if re.search(r"\{(?!tenant_id|name|provider)", path)]
 
 
 async def test_an_id_of_another_tenant_is_as_unknown_as_any(service: Any, client: Any, new_client: Any):
@@ -133,8 +136,10 @@ async def test_an_id_of_another_tenant_is_as_unknown_as_any(service: Any, client
     project = await projects.create(store, other.tenant, "Theirs")
     session = await sessions.create(store, other.tenant)
     domain = await domains.add(store, other.tenant, f"{other.slug}.example.com")
+    persona = await personas.create(store, other.tenant, Character(name="Theirs"))
     listed = (await other.http.get("/api/v2/audit")).json()["items"]
     ids = {
+        "persona_id": persona.id,
         "key_id": other.key_id,
         "project_id": project.id,
         "session_id": session.id,

@@ -318,6 +318,18 @@ def test_nothing_is_answered_twice_because_of_one_result():
     assert told.last(ev.Problem).code == "nothing_to_answer"
 
 
+def test_a_model_that_falls_silent_in_the_middle_is_let_go():
+    told = Told(SessionSettings(tools=(TOOL,), speaks=False))
+    told(ev.TextAdded("think"))
+    told(ev.ResponseWanted())
+    turn = told.last(ev.ReplyStarted).turn_id
+    told(ev.Spoke(turn, "Well."))
+    told(ev.TimePassed(), MODEL_SILENCE)
+    assert told.last(ev.CancelTurn) == ev.CancelTurn(turn)
+    assert told.last(ev.ReplyEnded).reason == "no_answer"
+    assert told(ev.Spoke(turn, "As I said.")) == [], "what it says later is no reminder"
+
+
 def test_an_answer_with_instructions_of_its_own_is_the_models():
     told = Told(TEXT_ONLY)
     told(ev.TextAdded("hello"))

@@ -110,6 +110,16 @@ def test_the_stock_cache_does_not_mix_voices():
     assert engine._get_ctxt({"voice": "rms"}).tts_id != engine._get_ctxt({"voice": "awb"}).tts_id
 
 
+OTHERS: set[int] = set()
+"""Processes of engines that other tests keep."""
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in psutil.Process().children())
+
+
 @pytest.fixture
 def voice() -> Iterator[FliteTTS]:
     engine = FliteTTS()
@@ -128,7 +138,7 @@ def reading() -> Iterator[tuple[FliteTTS, tuple[bytes, set[int]]]]:
 
 def speaking() -> list[psutil.Process]:
     """The processes that are there to speak, those that nobody has waited for among them."""
-    mine = psutil.Process().children()
+    mine = [child for child in psutil.Process().children() if child.pid not in OTHERS]
     return [child for child in mine if child.name() == "flite" or "child.py" in " ".join(child.cmdline())]
 
 
