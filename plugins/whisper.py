@@ -42,8 +42,11 @@ Found = tuple[str, float | None, str]
 RATE = 16_000
 
 WINDOWS = (4, 6, 8, 10, 13, 17, 22)
-"""Seconds that are encoded instead of 30. Few, so that equal ones meet; each at most half as long again as the last,
-so that little of one is empty. An utterance of 5 s has the window of 8."""
+"""Seconds that are encoded instead of 30, at most. Utterances of one window are heard together, so there are few, each
+at most half as long again as the last: little of what is encoded is empty. An utterance of 5 s has the window of 8."""
+
+_STEP = 16
+"""Frames of 10 ms by which what is encoded of a window grows with its longest utterance."""
 
 WHOLE = 30
 """Seconds the model was trained on; what fits no shorter window has this one."""
@@ -210,6 +213,12 @@ class _Utterance:
         return next((window for window in WINDOWS if window >= self.seconds + MARGIN), WHOLE)
 
     @property
+    def frames(self) -> int:
+        """What has to be encoded of it, its margin included, in steps of 10 ms; never less than the shortest window."""
+        needed = math.ceil((self.seconds + MARGIN) * 100 / _STEP) * _STEP
+        return min(100 * self.window, max(100 * WINDOWS[0], needed))
+
+    @property
     def most_tokens(self) -> int:
         """More than anybody says in that time in most languages; where it is not enough, 30 s have the last word."""
         return min(224, 16 + int(10 * self.seconds))
@@ -278,7 +287,8 @@ class _Ear:
         from faster_whisper.transcribe import get_ctranslate2_storage
 
         model = self._whisper.model
-        features = np.stack([self._features(utterance) for utterance in utterances])
+        frames = WHOLE * 100 if utterances[0].window == WHOLE else max(utterance.frames for utterance in utterances)
+        features = np.stack([self._features(utterance, frames) for utterance in utterances])
         encoded = model.encode(get_ctranslate2_storage(features))
         languages = [utterance.language for utterance in utterances]
         if None in languages:
@@ -320,13 +330,12 @@ class _Ear:
         # People repeat themselves, but they come to an end; a loop that 30 s did not end either says nothing.
         return replace(guess, text="") if guess.endless and guess.looping else guess
 
-    def _features(self, utterance: _Utterance) -> Samples:
-        """The log-mel spectrum of an utterance, (bands, frames), with the silence that fills its window.
+    def _features(self, utterance: _Utterance, frames: int) -> Samples:
+        """The log-mel spectrum of an utterance, (bands, frames), with the silence that fills it up.
 
         The silence is what the spectrum of zeros would be, cut off 80 dB below the loudest as the rest is.
         """
         heard = self._whisper.feature_extractor(utterance.samples)
-        frames = utterance.window * self._whisper.frames_per_second
         features = np.full((heard.shape[0], frames), max(heard.max() - 2.0, -1.5), np.float32)
         features[:, : heard.shape[1]] = heard[:, :frames]
         return features

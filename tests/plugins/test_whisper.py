@@ -137,14 +137,15 @@ def test_stock_ovos_loads_and_asks_it(tiny_whisper: Path, tone: Tone):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "window"), [(0.2, 4), (1.4, 4), (1.5, 6), (5.0, 8), (7.5, 13), (19.4, 22), (19.5, 30), (30.0, 30)]
+    ("seconds", "frames"),
+    [(0.2, 400), (1.4, 400), (1.5, 416), (5.0, 768), (7.5, 1008), (19.4, 2200), (19.5, 3000), (30.0, 3000)],
 )
-def test_it_encodes_the_utterance_and_a_margin(plugin: WhisperSTT, watched: Watched, seconds: float, window: int):
+def test_it_encodes_the_utterance_and_a_margin(plugin: WhisperSTT, watched: Watched, seconds: float, frames: int):
     wave_form = 0.3 * np.sin(2 * np.pi * 900 * np.arange(int(seconds * RATE)) / RATE)
     pcm = (wave_form * 32_767).astype("<i2").tobytes()
     assert heard(plugin, pcm)[0][0] == "stop"
-    assert watched.encoded == [(1, window * 100)]
-    assert window == whisper.WHOLE or window >= seconds + whisper.MARGIN
+    assert watched.encoded == [(1, frames)]
+    assert frames == 3000 or frames >= 100 * (seconds + whisper.MARGIN)
 
 
 def test_equal_windows_are_decoded_together_and_answered_in_order(plugin: WhisperSTT, watched: Watched, tone: Tone):
@@ -156,7 +157,7 @@ def test_equal_windows_are_decoded_together_and_answered_in_order(plugin: Whispe
         words[one] for one in (short, long, longest, short, long, short, longest)
     ]
     # Of a window of 22 s no two.
-    assert watched.encoded == [(2, 600), (1, 600), (2, 800), (1, 2_200), (1, 2_200)]
+    assert watched.encoded == [(2, 416), (1, 416), (2, 720), (1, 1_760), (1, 1_760)]
     assert watched.prompts == [2, 1, 2, 1, 1]
 
 
@@ -191,11 +192,11 @@ def test_what_a_short_window_cannot_tell_30_s_can(build_whisper: Build, tone: To
         text, confidence, _ = heard(plugin, tone(k))[0]
         assert text == sentence
         assert confidence == pytest.approx(1, abs=0.01)
-    assert watched.encoded == [(1, 600), (1, 3_000)] * len(SENTENCES)
+    assert watched.encoded == [(1, 416), (1, 3_000)] * len(SENTENCES)
 
     watched.encoded.clear()
     assert heard(plugin, tone(0), tentative=True) == [("", None, "en")], "what is rough anyway is not worth 30 s"
-    assert watched.encoded == [(1, 600)]
+    assert watched.encoded == [(1, 416)]
 
 
 def test_what_repeats_itself_for_ever_says_nothing(build_whisper: Build, tone: Tone):
@@ -291,7 +292,7 @@ def test_the_language_is_found_with_the_same_encoding(build_whisper: Build, tone
         ("good morning", "en"),
         ("how are you", "en"),
     ]
-    assert watched.encoded == [(2, 600), (2, 600)]
+    assert watched.encoded == [(2, 416), (2, 416)]
     assert watched.detected == 2
     assert heard(plugin, tone(2), language="de-AT")[0][2] == "de"
     assert plugin._ear.language("iw-IL") == "he"
