@@ -474,7 +474,7 @@ class Session:
     def _say(self, turn: Turn, text: str, now: float) -> None:
         turn.stamp(Stamp.SPOKE, now)
         turn.said.append(f" {text}" if turn.said else text)
-        turn.pieces += sentences(text)
+        turn.pieces += sentences(text, self.settings.language)
         self._out.append(ev.ReplyText(turn.id, text))
         if turn.speaks:
             self._synthesize_next(turn, now)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import deque
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from agentvoicebox.bus_bridge.models import (
     TurnStatus,
 )
 from agentvoicebox.bus_bridge.partials import Partials
+from agentvoicebox.plugins.clauses import Sentences
 
 ONSET = 0.06
 """Seconds of speech before a turn begins, so that a click does not."""
@@ -37,15 +37,14 @@ HYSTERESIS = 0.15
 LONGEST_PIECE = 300
 """Characters that are synthesised in one go: the first words of a long answer need not wait for the last."""
 
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
-
-def sentences(text: str) -> list[str]:
+def sentences(text: str, language: str) -> list[str]:
     """A text in stretches of at most `LONGEST_PIECE` characters, cut between sentences where that is possible."""
     if len(text) <= LONGEST_PIECE:
         return [text]
     pieces = [""]
-    for sentence in _SENTENCE.split(text):
+    found = Sentences(language)
+    for sentence in (*found.feed(text), *found.end()):
         for part in textwrap.wrap(sentence, LONGEST_PIECE) or [""]:
             if len(pieces[-1]) + len(part) < LONGEST_PIECE:
                 pieces[-1] = f"{pieces[-1]} {part}".strip()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import tempfile
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,3 +298,23 @@ def used(service: Service) -> Callable[[Client], Awaitable[dict[str, float]]]:
         return {str(metric): quantity for metric, quantity in found.items() if metric != "api_calls"}
 
     return read
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    """The address of a Redis without workers."""
+    with tempfile.TemporaryDirectory(prefix="avb-redis-") as directory:
+        path = f"{directory}/r.sock"
+        process = subprocess.Popen(
+            ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"],
+            stdout=subprocess.DEVNULL,
+        )
+        while True:
+            with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(path)
+                break
+            assert process.poll() is None, "redis-server did not start."
+            time.sleep(0.01)
+        yield f"unix://{path}"
+        process.kill()
+        process.wait()

@@ -5,12 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 import psutil
@@ -23,25 +19,6 @@ from agentvoicebox.plugins.pool.streams import Streams
 FLITE = EngineSpec("tts", "agentvoicebox-tts-flite")
 
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="avb-redis-") as directory:
-        path = f"{directory}/r.sock"
-        process = subprocess.Popen(
-            ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"],
-            stdout=subprocess.DEVNULL,
-        )
-        while True:
-            with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(path)
-                break
-            assert process.poll() is None, "redis-server did not start."
-            time.sleep(0.01)
-        yield f"unix://{path}"
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture

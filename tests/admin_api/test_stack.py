@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import subprocess
-import tempfile
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,39 +161,26 @@ async def test_a_client_without_an_address_gets_its_session(stack: Any, customer
     assert (row.client_ip and str(row.client_ip)) == kept
 
 
-@pytest.fixture
-def redis() -> Iterator[str]:
-    """The address of a Redis without workers."""
-    with tempfile.TemporaryDirectory(prefix="avb-redis-") as directory:
-        path = f"{directory}/r.sock"
-        process = subprocess.Popen(
-            ["redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no"],
-            stdout=subprocess.DEVNULL,
-        )
-        while True:
-            with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-                connection.connect(path)
-                break
-            assert process.poll() is None, "redis-server did not start."
-            time.sleep(0.01)
-        yield f"unix://{path}"
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.parametrize(
     ("engine", "stt"),
     [("auto", "agentvoicebox-stt-sphinx"), ("models", "agentvoicebox-stt-whisper")],
 )
 async def test_a_node_whose_workers_have_the_models_starts_without_any(
-    redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, stt: str
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, stt: str
 ):
     async def fetch(*_: object, **__: object) -> None:
         pytest.fail("the node fetches models that it never loads")
 
     monkeypatch.setattr(models, "fetch_defaults", fetch)
     told: list[str] = []
-    given = {"data": tmp_path, "models": tmp_path, "redis": redis, "speech": "queue", "engine": engine, "vad": "webrtc"}
+    given = {
+        "data": tmp_path,
+        "models": tmp_path,
+        "redis": redis_url,
+        "speech": "queue",
+        "engine": engine,
+        "vad": "webrtc",
+    }
     starting = module.Stack(settings.load(given, environ={"HOME": str(tmp_path)}), told.append)
     starting._answers = SimpleNamespace(key_of=None)  # type: ignore[assignment]
     try:

@@ -754,7 +754,7 @@ def test_a_long_answer_is_spoken_in_stretches_and_told_whole():
 
 @given(st.text(alphabet="ab. !\n", max_size=2_000) | st.text(max_size=1_000))
 def test_no_word_is_lost_between_stretches(text: str):
-    pieces = sentences(text)
+    pieces = sentences(text, "en-US")
     assert all(len(piece) <= LONGEST_PIECE or piece == text for piece in pieces)
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
@@ -892,3 +892,11 @@ def test_the_sessions_memory_is_bounded_by_what_it_is_doing(turns: list[int]):
     assert not session.active
     assert session._open is None
     assert not session._waiting
+
+
+def test_a_long_reply_is_not_cut_after_a_title():
+    text = "word " * 40 + "and that is all. Then you will see Dr. Smith " + "at noon " * 20 + "today."
+    pieces = sentences(text, "en-US")
+    assert len(pieces) > 1
+    assert not any(piece.endswith("Dr.") for piece in pieces)
+    assert " ".join(pieces).split() == text.split()
