@@ -154,7 +154,7 @@ class Welcome(Said):
 
 @dataclass(frozen=True, slots=True)
 class Configured(Said):
-    """What the tenant has chosen (`Choices.as_dict`): after `Welcome` if the device has not got it, and when it changes."""
+    """What the tenant has chosen (`Choices.as_dict`): after `Welcome` if it is news to the device, then at every change."""
 
     type: ClassVar[str] = "configured"
     etag: str
