@@ -154,7 +154,7 @@ class Welcome(Said):
 
 @dataclass(frozen=True, slots=True)
 class Configured(Said):
-    """What the tenant has chosen (`Choices.as_dict`): after `Welcome` if it is news to the device, then at every change."""
+    """What the tenant has chosen (`Choices.as_dict`): after `Welcome` if that is news to it, and at each change."""
 
     type: ClassVar[str] = "configured"
     etag: str
