@@ -40,7 +40,7 @@ from agentvoicebox.plugins.chat import Chats
 from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.plugins.pool import Pool
 from agentvoicebox.plugins.spoken import Spoken
-from agentvoicebox.tenancy import audit, keys, outbox, personas, sessions, state, usage
+from agentvoicebox.tenancy import audit, devices, keys, outbox, pairings, personas, sessions, state, usage
 from agentvoicebox.tenancy import database as stores
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database
@@ -247,6 +247,8 @@ class Stack:
         door = Door(self.settings, keyring, limiter)
         ledger, books, answers = self._ledger, self._books, self._answers
         self.gateway = Gateway(self.settings, self.database, door, shared, buses, self.engines, answers, books)
+        feed.subscribe(self.gateway.devices.heed)
+        feed.on_gap(self.gateway.devices.heed_all)
         operator, self.operator_key_made = keys.operator_key(self.settings.data)
         rest = app.create(
             self.database,
@@ -267,7 +269,7 @@ class Stack:
         assert self._inside is not None
         assert self._socket is not None
         turns = {self._cell_keys[name]: bus.turn for name, bus in buses.buses.items()}
-        inside = _Server(loopback(CellDoor(answers, turns)))
+        inside = _Server(loopback(CellDoor(answers, turns, self.database)))
         asking = asyncio.create_task(inside.serve(sockets=[self._inside]))
         self._exit.push_async_callback(_ended, inside, asking)
         await _started(inside, asking)
@@ -293,6 +295,8 @@ class Stack:
             Task("expired sessions", HOUR, lambda: sessions.expire(self.database)),
             Task("usage outbox", 5 * MINUTE, lambda: outbox.seal(self.database)),
             Task("uses of personas", SOON, self._count_personas),
+            Task("events of devices", DAY, lambda: devices.prune(self.database)),
+            Task("pairings", HOUR, lambda: pairings.prune(self.database)),
             Task("storage", DAY, lambda: usage.measure_storage(self.database, ledger)),
         ]
         if self.postgres is not None:  # else it is the operator who says where the archive is: `avb audit archive`

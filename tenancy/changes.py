@@ -153,7 +153,7 @@ class Feed:
             cursor = await connection.execute(_NEWS, (self._since,))
             rows = await cursor.fetchall()
         self._since = rows[0][0]
-        lines = {(row[3], row[1]): Change(ChangeKind(row[2]), row[3], row[4]) for row in rows if row[1] is not None}
+        lines = {(row[3], row[1]): Change(_kind(row[2]), row[3], row[4]) for row in rows if row[1] is not None}
         for number, change in lines.items():
             if number not in self._told:
                 self._report(change)
@@ -200,3 +200,11 @@ class Feed:
                 callback()
             except Exception:
                 _log.exception("Could not forget what is cached.")
+
+
+def _kind(told: str) -> ChangeKind:
+    """What a line is about; one that only a later release knows means that anything about its tenant may be new."""
+    try:
+        return ChangeKind(told)
+    except ValueError:
+        return ChangeKind.TENANT

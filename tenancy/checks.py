@@ -61,6 +61,13 @@ def number(value: object, param: str, least: int, most: int = 2**31 - 1) -> int:
     return value
 
 
+def real(value: object, param: str, least: float, most: float) -> float:
+    """A number, whole or not, from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise BadInput(f"{param} must be a number from {least:g} to {most:g}.", param=param)
+    return float(value)
+
+
 def yes_or_no(value: object, param: str) -> bool:
     """True or false, and nothing that merely looks like it."""
     if not isinstance(value, bool):

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import IsolationLevel, sql
 from psycopg.rows import dict_row
-from sqlalchemy import String, Table, cast, exists, func, select, text, update
+from sqlalchemy import String, Table, cast, delete, exists, func, select, text, update
 
 from agentvoicebox.config.errors import Conflict, NotFound
 from agentvoicebox.tenancy import audit, roles
@@ -26,6 +26,7 @@ from agentvoicebox.tenancy.models import (
     Base,
     Member,
     MemberStatus,
+    Pairing,
     Relation,
     Tenant,
     TenantStatus,
@@ -163,6 +164,7 @@ async def _begin(database: Database, tenant_id: uuid.UUID) -> None:
             )
             .execution_options(synchronize_session=False)
         )
+        await session.execute(delete(Pairing).where(Pairing.claimed_by == tenant_id))  # else gone in ten minutes
         await audit.append(session, Action.DELETE, "tenant", tenant_id, "Began to erase its data", tenant_id=tenant_id)
 
 

@@ -323,8 +323,8 @@ class Keyring:
     # --- what has changed ---------------------------------------------------------------------------------------------
 
     def _take(self, change: Change) -> None:
-        if change.kind == ChangeKind.RELATIONS:
-            return
+        if change.kind in (ChangeKind.RELATIONS, ChangeKind.VOICE):
+            return  # nothing that a key carries with it
         self._changes += 1
         self._shut.clear()
         if change.key_id is not None:

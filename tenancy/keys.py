@@ -102,7 +102,7 @@ async def issue(
     words(name, "name", 1, 100)
     _check_description(description)
     wanted = _scopes(scopes)
-    _check_granter(wanted, granter)
+    check_granter(wanted, granter)
     secret = PREFIX + secrets.token_urlsafe(32)
     if expires_at is not None and (expires_at.tzinfo is None or expires_at <= datetime.now(UTC)):
         raise BadInput("expires_at must have a time zone and lie in the future.", param="expires_at")
@@ -118,13 +118,22 @@ async def issue(
         created_by=created_by,
     )
     async with database.tenant(tenant_id) as session:
-        await _check_tenant(session, tenant_id)
-        key.project_id = await _project(session, project_id)
-        session.add(key)
-        await session.flush()
-        await audit.append(session, Action.CREATE, "api_key", key.id, "issued", new=_told(key))
+        await add(session, tenant_id, key, project_id)
     _log.info("key_issued tenant_id=%s key_id=%s", tenant_id, key.id)
     return Issued(key.id, secret, key.key_prefix, wanted, expires_at)
+
+
+async def add(session: AsyncSession, tenant_id: uuid.UUID, key: ApiKey, project_id: uuid.UUID | None = None) -> None:
+    """Put a new key into the tenant's project, by default its first one, within a transaction of the caller's.
+
+    That may be the system's. Raises `NotFound`, and what is translated to `Forbidden` when the tenant has its fill.
+    """
+    await _check_tenant(session, tenant_id)
+    key.tenant_id = tenant_id
+    key.project_id = await _project(session, tenant_id, project_id)
+    session.add(key)
+    await session.flush()
+    await audit.append(session, Action.CREATE, "api_key", key.id, "issued", tenant_id=tenant_id, new=_told(key))
 
 
 async def get(database: Database, tenant_id: uuid.UUID, key_id: uuid.UUID) -> ApiKey:
@@ -178,12 +187,12 @@ async def update(
     wanted = None if scopes is None else _scopes(scopes)
     async with database.tenant(tenant_id) as session:
         if project_id is not None:
-            changes["project_id"] = await _project(session, project_id)  # before the key: see _hold_project
+            changes["project_id"] = await _project(session, tenant_id, project_id)  # before the key: see hold_project
         key = await _locked(session, tenant_id, key_id)
         if key.revoked_at is not None:
             raise Conflict("This key has been revoked and stays as it is; issue a new one.", param="key_id")
         if wanted is not None:
-            _check_granter([scope for scope in wanted if scope not in key.scopes], granter)
+            check_granter([scope for scope in wanted if scope not in key.scopes], granter)
             changes["scopes"] = [scope.value for scope in wanted]
         old = _told(key)
         for column, value in changes.items():
@@ -224,12 +233,12 @@ async def rotate(
     secret = PREFIX + secrets.token_urlsafe(32)
     async with database.tenant(tenant_id) as session:
         await _check_tenant(session, tenant_id)
-        await _hold_project(session, key_id)
+        await hold_project(session, key_id)
         old = await _locked(session, tenant_id, key_id)
         now = (await session.execute(select(func.clock_timestamp()))).scalar_one()
         _check_rotatable(old, status(old, now))
         scopes = tuple(Scope(scope) for scope in old.scopes)
-        _check_granter(scopes, granter)
+        check_granter(scopes, granter)
         key = ApiKey(
             id=uuid.uuid4(),
             name=old.name,
@@ -268,13 +277,20 @@ async def revoke(
 ) -> None:
     """End a key, everywhere within a second; ending it again changes nothing. Raises `NotFound`."""
     async with database.tenant(tenant_id) as session:
-        key = await _locked(session, tenant_id, key_id)
-        if key.revoked_at is not None:
-            return
-        # The log of changes is written by a trigger, so that no way of revoking can forget it.
-        key.revoked_at, key.revoked_by = func.now(), revoked_by
-        await session.flush()
-        await audit.append(session, Action.DELETE, "api_key", key.id, "revoked", old=_told(key))
+        await end(session, tenant_id, key_id, revoked_by)
+
+
+async def end(
+    session: AsyncSession, tenant_id: uuid.UUID, key_id: uuid.UUID, revoked_by: uuid.UUID | None = None
+) -> None:
+    """`revoke`, within a transaction of the tenant's that the caller ends."""
+    key = await _locked(session, tenant_id, key_id)
+    if key.revoked_at is not None:
+        return
+    # The log of changes is written by a trigger, so that no way of revoking can forget it.
+    key.revoked_at, key.revoked_by = func.now(), revoked_by
+    await session.flush()
+    await audit.append(session, Action.DELETE, "api_key", key.id, "revoked", old=_told(key))
     _log.info("key_revoked tenant_id=%s key_id=%s", tenant_id, key_id)
 
 
@@ -341,7 +357,8 @@ def _check_description(given: str) -> str:
     return words(given, "description", 0, 1_000)
 
 
-def _check_granter(wanted: Iterable[str], granter: Collection[str] | None) -> None:
+def check_granter(wanted: Iterable[str], granter: Collection[str] | None) -> None:
+    """Raise `Forbidden` unless who asks has all these scopes; None is the operator, who has."""
     missing = [] if granter is None else [str(scope) for scope in wanted if scope not in granter]
     if missing:
         raise Forbidden(
@@ -364,17 +381,17 @@ async def _check_tenant(session: AsyncSession, tenant_id: uuid.UUID) -> None:
         raise NotFound("There is no such tenant.", code="tenant_not_found")
 
 
-async def _project(session: AsyncSession, project_id: uuid.UUID | None) -> uuid.UUID:
+async def _project(session: AsyncSession, tenant_id: uuid.UUID, project_id: uuid.UUID | None) -> uuid.UUID:
     """The tenant's project of that id, or its default one; nobody deletes it before the transaction ends."""
     mine = Project.is_default if project_id is None else Project.id == project_id
-    query = select(Project.id).where(mine).with_for_update(read=True, key_share=True)
-    found = (await session.execute(query)).scalar_one_or_none()
+    query = select(Project.id).where(Project.tenant_id == tenant_id, mine)
+    found = (await session.execute(query.with_for_update(read=True, key_share=True))).scalar_one_or_none()
     if found is None:
         raise NotFound("There is no such project.", param="project_id")
     return found
 
 
-async def _hold_project(session: AsyncSession, key_id: uuid.UUID) -> None:
+async def hold_project(session: AsyncSession, key_id: uuid.UUID) -> None:
     """Keep the key's project from being deleted before the transaction ends.
 
     Whoever deletes a project locks it before its keys, and so must others, or each could wait for the other.

@@ -21,7 +21,8 @@ from agentvoicebox.tenancy.state import DEBT, Standing, Use
 STRANGERS = 100_000
 """Addresses that are remembered at most, some 40 MB of them."""
 
-_STRANGE = ("ip", "failures")
+_STRANGE = ("ip", "failures", "pairings", "looks")
+"""Kinds of subjects that are addresses."""
 _EVERYBODY = "*"
 _SWEEP_AT = 1024
 _SWEEP_PAUSE = 1.0
@@ -219,7 +220,11 @@ class Limiter:
 
     def admit_anonymous(self, ip: str) -> Decision:
         """Count one request without a credential. Raises `Exceeded`."""
-        return self.admit(("ip", network(ip)), DEFAULT)
+        return self.admit_address("ip", ip, DEFAULT)
+
+    def admit_address(self, kind: str, ip: str, rate: Rate) -> Decision:
+        """Count one request of an address among those of a kind. Raises `Exceeded`."""
+        return self.admit((kind, network(ip)), rate)
 
     def check_failures(self, ip: str) -> None:
         """Ask this before looking at a credential. Raises `Exceeded` for an address that showed too many bad ones."""

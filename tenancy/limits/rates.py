@@ -36,6 +36,12 @@ ADMIN = Rate(300, 10_000)
 """A key of the class `elevated`; an operator of the platform."""
 FAILURES = Rate(10, 100)
 """Credentials that were refused, by address."""
+PAIRINGS = Rate(5, 30)
+"""Devices that ask for a code, by address."""
+LOOKS = Rate(30, 600)
+"""Devices that ask whether their code was entered, by address."""
+CLAIMS = Rate(5, 30)
+"""Codes of devices that are entered, right or wrong, by tenant: one of 8 digits is not found by trying."""
 CROWD = Rate(600, 36_000)
 """All addresses together that came when the table of addresses was full."""
 

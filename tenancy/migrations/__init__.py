@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from sqlalchemy import Connection
 
-HEAD = "0009"
+HEAD = "0010"
 
 INDEXES = {
     "usage_events_seq_idx": (

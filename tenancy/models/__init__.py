@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from agentvoicebox.tenancy.models.audit import Action, ActorType, AuditAnchor, AuditEntry, AuditHead
 from agentvoicebox.tenancy.models.base import PLATFORM, Base, TenantOwned, Timestamped
+from agentvoicebox.tenancy.models.devices import (
+    Device,
+    DeviceEventKind,
+    DeviceEventRow,
+    Outcome,
+    Pairing,
+    SkillSettings,
+    WakeWord,
+)
 from agentvoicebox.tenancy.models.keys import ApiKey, ChangeKind, KeyRevocation, RateClass
 from agentvoicebox.tenancy.models.people import (
     Invitation,
@@ -47,6 +56,9 @@ __all__ = [
     "DataKey",
     "Deployment",
     "DeploymentStatus",
+    "Device",
+    "DeviceEventKind",
+    "DeviceEventRow",
     "Environment",
     "EventType",
     "Invitation",
@@ -55,6 +67,8 @@ __all__ = [
     "Member",
     "MemberStatus",
     "Metric",
+    "Outcome",
+    "Pairing",
     "Persona",
     "PersonaStatus",
     "Project",
@@ -68,6 +82,7 @@ __all__ = [
     "SessionEvent",
     "SessionMonth",
     "SessionStatus",
+    "SkillSettings",
     "Tenant",
     "TenantDomain",
     "TenantOwned",
@@ -82,4 +97,5 @@ __all__ = [
     "User",
     "VoiceConfig",
     "VoiceProvider",
+    "WakeWord",
 ]

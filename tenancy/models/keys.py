@@ -66,6 +66,8 @@ class ChangeKind(StrEnum):
     """Something about the tenant that its keys carry with them: settings, tier, limits."""
     RELATIONS = "relations"
     """Somebody's roles in the tenant."""
+    VOICE = "voice"
+    """How the tenant's assistant sounds, listens and answers: what its devices go by."""
 
 
 class KeyRevocation(TenantOwned, Base):

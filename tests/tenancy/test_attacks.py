@@ -135,6 +135,8 @@ async def rows(site: Site) -> Rows:
                 if "tenant_id" in row or name in ("tenants", "users"):
                     if name == "users":
                         row["id"] = uuid.uuid4()
+                    if name == "devices":  # a key has one device: the attacker's own is kept for what is tried
+                        row["api_key_id"] = uuid.uuid4()
                     await connection.execute(insertion(name, row), row)
                     made.setdefault(name, {})[tenant] = row
     assert set(made) == {*OWNED, "users"}
@@ -632,6 +634,10 @@ async def test_nobody_changes_which_row_something_is_about(admin: psycopg.AsyncC
         ("members", "tenant_id"),
         ("tenants", "id"),
         ("tenants", "parent_id"),
+        ("devices", "id"),
+        ("devices", "tenant_id"),
+        ("device_events", "device_id"),
+        ("device_events", "outcome"),
     ):
         assert not await may(admin, roles.APP, table, "UPDATE", iter([column])), (table, column)
 
@@ -779,6 +785,22 @@ async def test_a_cell_reaches_nothing(site: Site, rows: Rows) -> None:
             "OR has_any_column_privilege(oid, 'SELECT, INSERT, UPDATE, REFERENCES'))"
         )
         assert await (await connection.execute(query)).fetchall() == []
+
+
+@pytest.mark.parametrize("role", [roles.APP, roles.LEDGER, roles.KEEPER, roles.CELL])
+async def test_devices_that_wait_for_their_tenant_are_the_systems_alone(site: Site, rows: Rows, role: str) -> None:
+    """Whoever could read a code would have the device, and whoever could write one another's."""
+    async with attacker(site, role) as connection:
+        for statement in (
+            "SELECT code FROM pairings",
+            "SELECT count(*) FROM pairings",
+            "INSERT INTO pairings (id) VALUES (gen_random_uuid())",
+            "UPDATE pairings SET claimed_by = NULL",
+            "DELETE FROM pairings",
+            "TRUNCATE pairings",
+            "COPY pairings TO STDOUT",
+        ):
+            assert (await outcome(connection, statement.encode()))[0] == NOT_ALLOWED, statement
 
 
 async def test_nobody_makes_anything_of_their_own(site: Site, rows: Rows) -> None:

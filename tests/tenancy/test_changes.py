@@ -13,10 +13,12 @@ import pytest
 from sqlalchemy import text
 
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.tenancy import changes, keys
+from agentvoicebox.tenancy import changes, devices, keys, personas, projects, skills, voices, wake_words
 from agentvoicebox.tenancy.changes import Change, Feed
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import ChangeKind, Project, Tenant
+from agentvoicebox.tenancy.personas import Character
+from agentvoicebox.tenancy.voices import VoiceConfig
 
 FEEDS = """
 SELECT pid FROM pg_stat_activity
@@ -158,10 +160,69 @@ async def test_what_is_none(database: Database, tenant: Tenant, told: Told) -> N
     await system(database, "UPDATE tenants SET updated_at = now(), tier = tier WHERE id = :id", id=tenant.id)
     await keys.revoke(database, tenant.id, issued.id)  # told after all of the above
     await told.until(lambda: (ChangeKind.REVOKED, issued.id) in told.of(tenant.id))
-    settings = [(ChangeKind.TENANT, None)]  # of a tenant that was made a moment ago
+    settings = [(ChangeKind.TENANT, None), (ChangeKind.VOICE, None)]  # of a tenant that was made a moment ago
     assert [change for change in told.of(tenant.id) if change not in [*before, *settings]] == [
         (ChangeKind.REVOKED, issued.id)
     ]
+
+
+async def test_what_devices_go_by(database: Database, tenant: Tenant, other: Tenant, told: Told) -> None:
+    """Every change of how the assistant sounds, listens and answers is told, and to no other tenant's nodes."""
+    voice = (ChangeKind.VOICE, None)
+    persona = await personas.create(database, tenant.id, Character("Ada"))
+    project = await projects.create(database, tenant.id, "Upstairs")
+    word = await wake_words.create(database, tenant.id, "alexa")
+    await told.until(lambda: told.of(tenant.id).count(voice) >= 2)
+    for change in (
+        lambda: voices.put(database, tenant.id, VoiceConfig(voice="af_sarah")),
+        lambda: voices.put(database, tenant.id, VoiceConfig(voice="af_bella")),
+        lambda: personas.update(database, tenant.id, persona.id, {"system_prompt": "Be brief."}),
+        lambda: personas.make_default(database, tenant.id, persona.id),
+        lambda: personas.unmake_default(database, tenant.id, persona.id),
+        lambda: personas.set_project_default(database, tenant.id, project.id, persona.id),
+        lambda: personas.delete(database, tenant.id, persona.id),  # and the project's default with it
+        lambda: wake_words.update(database, tenant.id, word.id, {"sensitivity": 0.75}),
+        lambda: wake_words.remove(database, tenant.id, word.id),
+        lambda: skills.set_settings(database, tenant.id, "a-skill", {"x": 1}),
+        lambda: skills.set_settings(database, tenant.id, "a-skill", {"x": 2}),
+        lambda: skills.set_settings(database, tenant.id, "a-skill", {}),
+    ):
+        before = told.of(tenant.id).count(voice)
+        await change()  # type: ignore[no-untyped-call]
+        await told.until(lambda before=before: told.of(tenant.id).count(voice) > before)  # type: ignore[misc]
+    assert told.of(other.id).count(voice) <= 1  # of its own beginning
+
+
+async def test_what_devices_do_not_go_by(database: Database, tenant: Tenant, told: Told) -> None:
+    persona = await personas.create(database, tenant.id, Character("Ada"))
+    project = await projects.create(database, tenant.id, "Upstairs")
+    issued = await keys.issue(database, tenant.id, "a key", project_id=project.id)
+    await keys.update(database, tenant.id, issued.id, rate_class="elevated")
+    await told.until(lambda: (ChangeKind.CHANGED, issued.id) in told.of(tenant.id))  # and all before it
+    before = told.of(tenant.id)
+    await personas.count_uses(database, {(tenant.id, persona.id): 7})
+    await personas.update(database, tenant.id, persona.id, {"system_prompt": ""})
+    await projects.update(database, tenant.id, project.id, name="Downstairs")
+    device = await devices.arrive(database, tenant.id, issued.id, project.id)
+    await devices.rename(database, tenant.id, device.id, "kitchen")
+    await keys.revoke(database, tenant.id, issued.id)  # told after all of the above
+    await told.until(lambda: (ChangeKind.REVOKED, issued.id) in told.of(tenant.id))
+    assert told.of(tenant.id) == [*before, (ChangeKind.REVOKED, issued.id)]
+
+
+async def test_what_a_later_release_writes_down(
+    database: Database, tenant: Tenant, told: Told, admin: psycopg.AsyncConnection
+) -> None:
+    """While nodes are replaced one by one, the old ones take a change that they do not know for any change at all."""
+    check = "CHECK (kind IN ('revoked', 'changed', 'tenant', 'relations', 'voice'))"
+    await admin.execute("ALTER TABLE key_revocations DROP CONSTRAINT key_revocations_kind_check")
+    try:
+        await admin.execute("INSERT INTO key_revocations (tenant_id, kind) VALUES (%s, 'weather')", (tenant.id,))
+        await told.until(lambda: (ChangeKind.TENANT, None) in told.of(tenant.id))
+        assert told.gaps == 0
+    finally:
+        await admin.execute("DELETE FROM key_revocations WHERE kind = 'weather'")
+        await admin.execute(f"ALTER TABLE key_revocations ADD CONSTRAINT key_revocations_kind_check {check}")
 
 
 async def test_a_project_that_goes_changes_its_keys(database: Database, tenant: Tenant, told: Told) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -14,8 +15,23 @@ from psycopg import sql
 from sqlalchemy import LargeBinary
 
 from agentvoicebox.config.errors import Conflict, NotFound
-from agentvoicebox.tenancy import audit, domains, erasure, keys, personas, projects, sessions, settings, tenants
+from agentvoicebox.tenancy import (
+    audit,
+    devices,
+    domains,
+    erasure,
+    keys,
+    pairings,
+    personas,
+    projects,
+    sessions,
+    settings,
+    skills,
+    tenants,
+    wake_words,
+)
 from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.devices import DeviceEvent
 from agentvoicebox.tenancy.models import PLATFORM, Base, EventType, Tenant
 from agentvoicebox.tenancy.personas import Character
 from agentvoicebox.tenancy.sessions import Event
@@ -75,6 +91,11 @@ async def fill(database: Database, admin: psycopg.AsyncConnection, tenant: Tenan
         database, tenant.id, project_id=project.id, api_key_id=key.id, config={"x": MARK}, user_agent=MARK
     )
     await sessions.record(database, tenant.id, made.id, [Event(0, EventType.TRANSCRIPT, {"text": MARK})])
+    device = await devices.arrive(database, tenant.id, key.id, project.id, MARK, MARK)
+    event = DeviceEvent(uuid.uuid4(), "stt", datetime.now(UTC), engine=MARK, reason=MARK)
+    await devices.record(database, tenant.id, device.id, [event])
+    await wake_words.create(database, tenant.id, f"hey {MARK}")
+    await skills.set_settings(database, tenant.id, f"skill-{MARK}", {MARK: MARK})
     await keys.revoke(database, tenant.id, key.id)
     of_the_tenant = {"tenant": tenant.id, "mark": MARK, "nonce": bytes(12), "sealed": bytes(48)}
     for statement in (
@@ -234,6 +255,21 @@ class TestErase:
         (last, details), (before, _) = await cursor.fetchall()
         assert (before, last) == ("Began to erase its data", "Erased its data")
         assert details["rows"]["session_events"] == 1
+
+    async def test_devices_that_were_just_paired_are_forgotten(
+        self, database: Database, admin: psycopg.AsyncConnection, tenant: Tenant, other: Tenant
+    ) -> None:
+        """Their pairings are of no tenant while they wait, and of one for ten minutes more."""
+        for each in (tenant, other):
+            digest = uuid.uuid4().hex * 2
+            waiting = await pairings.begin(database, digest, MARK, "192.0.2.1", key_prefix="avb_12345678")
+            await pairings.claim(database, each.id, waiting.code)
+        await tenants.delete(database, tenant.id)
+        await erasure.erase(database, tenant.id)
+        cursor = await admin.execute(
+            "SELECT claimed_by FROM pairings WHERE claimed_by = ANY(%s)", ([tenant.id, other.id],)
+        )
+        assert await cursor.fetchall() == [(other.id,)]
 
     async def test_only_what_is_deleted_can_be_erased(
         self, database: Database, admin: psycopg.AsyncConnection, full: Tenant

@@ -24,7 +24,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import AvbError, Forbidden, Refused, Unavailable
-from agentvoicebox.tenancy import keyring, keys, roles, tenants
+from agentvoicebox.tenancy import keyring, keys, roles, tenants, wake_words
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Address, Database
 from agentvoicebox.tenancy.keyring import Grant, Keyring
@@ -238,6 +238,22 @@ def granted(*ranges: str) -> Grant:
         default_stt_model="base",
         default_tts_voice="am_onyx",
     )
+
+
+async def test_a_new_wake_word_makes_no_key_forgotten(
+    database: Database, tenant: Tenant, ring: Keyring, issued: Issued
+) -> None:
+    """Keys carry nothing of what devices go by; a busy node would ask the database for all of them again."""
+    other = await keys.issue(database, tenant.id, "another")
+    grant = await ring.verify(issued.key)
+    seen, changed = reported(ring, other.id), altered(ring, tenant.id, None)
+    await wake_words.create(database, tenant.id, "alexa")
+    await keys.revoke(database, tenant.id, other.id)  # told after it
+    async with asyncio.timeout(20):
+        await seen.wait()
+        while ring.known(issued.key) is not grant:  # on a busy machine the feed may be late for a moment
+            await asyncio.sleep(0.01)
+    assert not changed.is_set()
 
 
 def test_where_a_key_may_be_used_from() -> None:

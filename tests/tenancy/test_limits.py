@@ -24,6 +24,8 @@ from agentvoicebox.tenancy.limits import (
     DEFAULT,
     FAILURES,
     KEYS,
+    LOOKS,
+    PAIRINGS,
     SESSIONS,
     SOCKET_MESSAGES,
     TENANTS,
@@ -321,6 +323,25 @@ def test_strangers_are_held_by_address_and_a_customers_ipv6_network_is_one(limit
         limiter.admit_anonymous("2001:db8:1:2:ffff::1")
     limiter.admit_anonymous("2001:db8:1:3::1")
     limiter.admit_anonymous("192.0.2.1")
+
+
+def test_what_an_address_may_do_seldom_is_counted_apart(limiter: Limiter) -> None:
+    for left in (4, 3, 2, 1, 0):
+        assert limiter.admit_address("pairings", "192.0.2.1", PAIRINGS).remaining == left
+    with pytest.raises(Exceeded):
+        limiter.admit_address("pairings", "192.0.2.1", PAIRINGS)
+    assert limiter.admit_address("pairings", "192.0.2.2", PAIRINGS).remaining == 4
+    assert limiter.admit_address("looks", "192.0.2.1", LOOKS).remaining == 29
+    assert limiter.admit_anonymous("192.0.2.1").remaining == 59
+
+
+@pytest.mark.parametrize("kind", ["ip", "pairings", "looks"])
+def test_no_kind_of_strangers_takes_unbounded_memory(clock: Clock, kind: str) -> None:
+    limiter = clock.limiter(strangers=100)
+    for address in addresses(0, 1_000):
+        for _ in range(3):
+            asked(limiter, (kind, address), PAIRINGS)
+    assert len(limiter) <= 101
 
 
 @pytest.mark.parametrize(
