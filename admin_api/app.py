@@ -15,6 +15,7 @@ from agentvoicebox.admin_api import (
     admin_tenants,
     audit,
     auth,
+    devices,
     documents,
     domains,
     errors,
@@ -26,11 +27,13 @@ from agentvoicebox.admin_api import (
     projects,
     sessions,
     settings,
+    skills,
     stt,
     tenants,
     usage,
     visits,
     voice,
+    wake_words,
 )
 from agentvoicebox.admin_api.door import Door
 from agentvoicebox.bus_bridge.answers import Answers
@@ -40,7 +43,7 @@ from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.domains import Resolver
 from agentvoicebox.tenancy.keyring import Keyring
-from agentvoicebox.tenancy.limits import Limiter
+from agentvoicebox.tenancy.limits import Exceeded, Limiter
 from agentvoicebox.tenancy.masterkeys import MasterKeys
 from agentvoicebox.tenancy.metering import Ledger
 
@@ -59,6 +62,9 @@ ROUTERS = (
     voice.router,
     stt.router,
     llm.router,
+    wake_words.router,
+    skills.router,
+    devices.router,
     usage.router,
     audit.router,
 )
@@ -110,6 +116,7 @@ def create(
     app.state.hosts = {}
     app.state.readiness = health.Readiness({"db": ask_store, **(checks or {})})
     app.state.resolver = resolver or domains.NoResolver()
+    app.state.limiter = limiter
     app.state.gateway = None
     app.state.ledger = ledger
     app.state.engines = engines
@@ -131,7 +138,10 @@ def create(
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, AvbError)
-    visits.of(request.scope).refusal = error.code
+    visit = visits.of(request.scope)
+    visit.refusal = error.code
+    if isinstance(error, Exceeded):
+        visit.held(error.decision)
     return _response(errors.known(error))
 
 

@@ -15,6 +15,7 @@ from agentvoicebox.config.errors import BadInput, Forbidden, Refused, TooLarge
 from agentvoicebox.tenancy import context, principals
 from agentvoicebox.tenancy.database import NoTenant
 from agentvoicebox.tenancy.keyring import Grant
+from agentvoicebox.tenancy.limits import Rate
 from agentvoicebox.tenancy.models import TenantStatus
 
 Hosts = dict[context.Named, tuple[float, context.Known | None]]
@@ -43,14 +44,19 @@ class Admission:
 
 
 class Public(Admission):
-    """Anybody may."""
+    """Anybody may; where it has a rate of its own, each network address no more often than that."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "", rate: Rate | None = None) -> None:
         super().__init__("anybody")
+        self._kind = kind
+        self._rate = rate
 
     async def __call__(self, request: Request) -> None:
         """Admit."""
-        self.bound(visits.of(request.scope), request)
+        visit = visits.of(request.scope)
+        if self._rate is not None:
+            visit.held(request.app.state.limiter.admit_address(self._kind, visit.ip or "", self._rate))
+        self.bound(visit, request)
 
 
 class May(Admission):
@@ -128,9 +134,9 @@ async def visiting(request: Request) -> Visit:
 Visiting = Annotated[Visit, Depends(visiting)]
 
 
-def public() -> list[Any]:
-    """Dependencies of a route that is open to anybody."""
-    return [Depends(Public())]
+def public(kind: str = "", rate: Rate | None = None) -> list[Any]:
+    """Dependencies of a route that is open to anybody; those of a `kind` together so often by address."""
+    return [Depends(Public(kind, rate))]
 
 
 def may(*permissions: str, body: int = MAX_BODY) -> list[Any]:

@@ -21,7 +21,7 @@ from agentvoicebox.config.errors import AvbError, BadInput, Refused
 from agentvoicebox.tenancy import audit, keys
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Grant, Keyring
-from agentvoicebox.tenancy.limits import ADMIN, Decision, Exceeded, Limiter, headers
+from agentvoicebox.tenancy.limits import ADMIN, Decision, Exceeded, Limiter
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import Action, ActorType, Metric
 from agentvoicebox.tenancy.principals import Operator
@@ -35,7 +35,8 @@ _CONTROLS = re.compile("[\\x00-\\x1f\\x7f\ufffd]")
 """The last one is what stands for bytes that are no UTF-8."""
 _ACTIONS = {"POST": Action.CREATE, "PUT": Action.UPDATE, "PATCH": Action.UPDATE, "DELETE": Action.DELETE}
 _KINDS = (
-    *("admin", "api-keys", "audit", "llm", "personas", "projects", "sessions", "stt", "tenants", "usage", "voice"),
+    *("admin", "api-keys", "audit", "devices", "llm", "pairings", "personas", "projects", "sessions", "skills", "stt"),
+    *("tenants", "usage", "voice", "wake-words"),
 )
 _IN_QUERY = frozenset({"key", "api-key", "apikey", "x-api-key", "token", "access_token", "authorization"})
 
@@ -92,11 +93,11 @@ class Door:
             except AvbError as error:
                 if isinstance(error, Refused):
                     self._limiter.failed(ip)
-                visit.rates = _told(self._limiter.admit_anonymous(ip))
+                visit.held(self._limiter.admit_anonymous(ip))
                 raise
-            visit.rates = _told(self._count(visit.principal, ip))
+            visit.held(self._count(visit.principal, ip))
         except Exceeded as error:
-            visit.rates = _told(error.decision)
+            visit.held(error.decision)
             raise
         if isinstance(visit.principal, Grant):
             self._keyring.used(visit.principal, visit.ip)
@@ -214,8 +215,3 @@ def _usage(visit: Visit) -> Usage:
     grant = visit.grant
     now = datetime.now(UTC)
     return Usage(visit.request_id, grant.tenant_id, Metric.API_CALLS, 1, now, project_id=grant.project_id)
-
-
-def _told(decision: Decision) -> list[tuple[bytes, bytes]]:
-    """What the answer says about a rate; when to come again is said by the error itself."""
-    return [(name.lower().encode(), value.encode()) for name, value in headers(decision) if name != "Retry-After"]

@@ -119,7 +119,7 @@ async def issue_key(request: Request, visit: Visiting, store: Store) -> IssuedKe
     """Issue a key. Its scopes and rate class may not go beyond those of the key that asks."""
     wanted = await schemas.read(request, NewKey)
     _check_class(visit, wanted.rate_limit_tier)
-    _check_scopes(visit, wanted.scopes)
+    check_scopes(visit, wanted.scopes)
     made = await keys.issue(
         store,
         visit.tenant_id,
@@ -165,7 +165,7 @@ async def change_key(request: Request, visit: Visiting, store: Store, key_id: uu
     if wanted.rate_limit_tier is not UNSET:
         _check_class(visit, wanted.rate_limit_tier)
     if wanted.scopes is not UNSET:
-        _check_scopes(visit, wanted.scopes)
+        check_scopes(visit, wanted.scopes)
     changes = schemas.changes(wanted)
     if "rate_limit_tier" in changes:
         changes["rate_class"] = changes.pop("rate_limit_tier")
@@ -176,7 +176,7 @@ async def change_key(request: Request, visit: Visiting, store: Store, key_id: uu
 async def rotate_key(request: Request, visit: Visiting, store: Store, key_id: uuid.UUID) -> RotatedKey:
     """Replace a key. The old one works on for the grace time; at 0 it ends now."""
     wanted = await schemas.read(request, Rotation)
-    _check_scopes(visit, (await keys.get(store, visit.tenant_id, key_id)).scopes)
+    check_scopes(visit, (await keys.get(store, visit.tenant_id, key_id)).scopes)
     made = await keys.rotate(store, visit.tenant_id, key_id, wanted.grace_hours * 3600)
     old = await keys.get(store, visit.tenant_id, key_id)
     ends = None if old.revoked_at is not None else old.expires_at
@@ -200,7 +200,7 @@ def _columns(row: ApiKey) -> dict[str, object]:
     return {name: getattr(row, name) for name in Key.model_fields if name != "status"}
 
 
-def _check_scopes(visit: Visit, scopes: Iterable[str]) -> None:
+def check_scopes(visit: Visit, scopes: Iterable[str]) -> None:
     """Nobody gives rights that they do not have, by whatever scope they have them (KEY-18)."""
     for scope in scopes:
         for wanted in sorted(SCOPE_PERMISSIONS[scope]):

@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from agentvoicebox.admin_api import auth, errors
 
-ABOUT = """Tenants, their settings, projects, keys, sessions, usage and audit log.
+ABOUT = """Tenants, their settings, projects, keys, devices, wake words, personas, sessions, usage and audit log.
 
 Send a key as `Authorization: Bearer avb_…` or `X-API-Key`, never in a URL. A tenant's key acts for its tenant only; the
 operator's names the tenant with `X-Tenant-ID` where the path does not. Every answer carries `X-Request-ID` (a valid
@@ -57,7 +57,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         for method, operation in item.items():
             # Not by the function, which may stand at several addresses.
             operation["operationId"] = method + re.sub(r"\W+", "_", path.removeprefix("/api/v2")).rstrip("_")
-            _complete(operation, method, admissions[path, method])
+            _complete(operation, path, method, admissions[path, method])
     return made
 
 
@@ -103,7 +103,7 @@ def page(document: dict[str, Any]) -> str:
     )
 
 
-def _complete(operation: dict[str, Any], method: str, admission: auth.Admission) -> None:
+def _complete(operation: dict[str, Any], path: str, method: str, admission: auth.Admission) -> None:
     operation["x-admission"] = admission.told
     answers = operation["responses"]
     answers.pop("422", None)
@@ -115,6 +115,10 @@ def _complete(operation: dict[str, Any], method: str, admission: auth.Admission)
             expected += [409, 413, 415]
     else:
         expected += [400, 401, 429]
+        if method in _WRITES:
+            expected += [409, 413, 415]
+        if "{" in path:
+            expected.append(404)
     schema = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for status in sorted(expected):
         answers.setdefault(str(status), {"description": _REASONS[status], "content": schema})

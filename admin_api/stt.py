@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from msgspec import UNSET, Meta, UnsetType
 
-from agentvoicebox.admin_api import auth, schemas, speech, voice
+from agentvoicebox.admin_api import auth, recordings, schemas, speech, voice
 from agentvoicebox.admin_api.auth import Visiting
 from agentvoicebox.admin_api.listings import View
-from agentvoicebox.admin_api.schemas import Body, UnsupportedMediaType
+from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
 from agentvoicebox.admin_api.visits import Visit
 from agentvoicebox.bus_bridge import engines as ears
@@ -37,8 +36,6 @@ LONGEST = 600.0
 """Seconds of one."""
 PIECE = 25.0
 """Seconds that an engine is given at once: others have their turn in between."""
-
-_AUDIO = re.compile(r"(?:audio/[a-z0-9.+-]+|application/octet-stream)\s*(?:;.*)?", re.IGNORECASE)
 
 _READING = ThreadPoolExecutor(2, "audio-files")
 """What reads the files of strangers: however many they send, everything else has its threads."""
@@ -158,16 +155,7 @@ class Metrics(View):
     items: list[Hearing]
 
 
-_FILE = {
-    "requestBody": {
-        "required": True,
-        "description": f"WAV, MP3, FLAC or OGG at any rate, at most {LARGEST} bytes and {LONGEST:g} s.",
-        "content": {
-            kind: {"schema": {"type": "string", "format": "binary"}}
-            for kind in ("application/octet-stream", "audio/wav", "audio/mpeg", "audio/flac", "audio/ogg")
-        },
-    }
-}
+_FILE = recordings.document(LARGEST, LONGEST)
 
 
 @router.get("", dependencies=auth.may("voice_config.view"))
@@ -243,12 +231,7 @@ async def read_stt_metrics(request: Request, visit: Visiting, store: Store) -> M
 async def _transcribe(
     request: Request, visit: Visit, store: Database, language: str | None, model: str | None, clean: bool
 ) -> Transcript:
-    given = request.headers.get("content-type", "")
-    if not _AUDIO.fullmatch(given):
-        raise UnsupportedMediaType(
-            "The body must be the audio file itself: send it with Content-Type: audio/wav (or audio/mpeg, audio/flac, "
-            "audio/ogg, application/octet-stream)."
-        )
+    recordings.check(request)
     wanted = await speech.begin(request, visit, store)
     here = speech.engines(request)
     if model is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from agentvoicebox.config.errors import BadInput, Refused
 from agentvoicebox.tenancy.keyring import Grant
+from agentvoicebox.tenancy.limits import Decision, headers
 from agentvoicebox.tenancy.principals import Operator
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ class Visit:
     principal: Grant | Operator | None = None
     tenant: uuid.UUID | None = None
     """Whom the request is about, once its route has admitted it."""
-    rates: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """What the answer says about rate limits."""
+    rate: Decision | None = None
+    """The tightest of the rates that it was held to."""
     most: int = MAX_BODY
     """Bytes of its body."""
     refusal: str = ""
@@ -68,9 +69,17 @@ class Visit:
         asked = self.asked.encode("unicode_escape").decode()  # no line breaks of a client's in the log
         log.error("unexpected_exception request_id=%s %s", self.request_id, asked, exc_info=error)
 
+    def held(self, rate: Decision) -> None:
+        """It was held to this rate too."""
+        if self.rate is None or rate.remaining <= self.rate.remaining:
+            self.rate = rate
+
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What every answer to it carries."""
-        return self.rates
+        """What every answer to it carries; when to come again is said by the error itself."""
+        if self.rate is None:
+            return []
+        told = headers(self.rate)
+        return [(name.lower().encode(), value.encode()) for name, value in told if name != "Retry-After"]
 
 
 def of(scope: Any) -> Visit:

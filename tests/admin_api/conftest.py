@@ -149,6 +149,15 @@ async def service(store: Any, tmp_path_factory: pytest.TempPathFactory) -> Async
 
 
 @pytest.fixture
+def frozen(service: Service) -> Iterator[None]:
+    """No time passes between requests, as the limiter sees it; and what was before is long ago."""
+    service.clock.now += 100_000
+    service.clock.pace = 0.0
+    yield
+    service.clock.pace = 60.0
+
+
+@pytest.fixture
 async def http(service: Service) -> AsyncIterator[httpx.AsyncClient]:
     """A client without a credential."""
     async with httpx.AsyncClient(base_url=service.url) as client:

@@ -11,13 +11,18 @@ from fastapi import APIRouter
 from sqlalchemy import text
 
 from agentvoicebox.admin_api import app, auth, openapi
-from agentvoicebox.tenancy import domains, personas, projects, sessions, tenants
+from agentvoicebox.tenancy import devices, domains, personas, projects, sessions, tenants, wake_words
 from agentvoicebox.tenancy.personas import Character
 
 UNKNOWN = "11111111-2222-4333-8444-555555555555"
 BODIES = {
     "/{persona_id}/test": {"message": "hello"},
     "/default-persona": {"persona_id": None},
+    "/devices": {"code": "00000000"},
+    "/{device_id}": {"name": "x"},
+    "/wake-words": {"phrase": "alexa"},
+    "/{wake_word_id}": {"phrase": "okay nabu"},
+    "/{skill_id}/settings": {"settings": {}},
     "/environments": {"name": "here"},
     "/deployments": {"environment_id": UNKNOWN, "version": "1"},
     "/settings": {"require_mfa": False},
@@ -42,6 +47,7 @@ OPERATORS = [(method, path) for method, path, admission in ROUTES if isinstance(
 OVERALL = [(method, path) for method, path, admission in ROUTES if isinstance(admission, auth.MayOverall)]
 THERE = [(method, path) for method, path, admission in ROUTES if isinstance(admission, auth.MayThere)]
 PUBLIC = {"/health", "/health/ready", "/api/v2/openapi.json", "/api/v2/docs"}
+PUBLIC |= {"/api/v2/pairings", "/api/v2/pairings/{pairing_id}"}
 
 
 def body(method: str, path: str) -> Any:
@@ -126,7 +132,7 @@ async def test_another_tenant_cannot_be_named_in_the_path(client: Any, new_clien
         assert real.json() == unknown.json()
 
 
-BARE = [(method, path) for method, path in GUARDED if re.search(r"\{(?!tenant_id|name|provider)", path)]
+BARE = [(method, path) for method, path in GUARDED if re.search(r"\{(?!tenant_id|name|provider|skill_id)", path)]
 
 
 async def test_an_id_of_another_tenant_is_as_unknown_as_any(service: Any, client: Any, new_client: Any):
@@ -137,9 +143,13 @@ async def test_an_id_of_another_tenant_is_as_unknown_as_any(service: Any, client
     session = await sessions.create(store, other.tenant)
     domain = await domains.add(store, other.tenant, f"{other.slug}.example.com")
     persona = await personas.create(store, other.tenant, Character(name="Theirs"))
+    device = await devices.arrive(store, other.tenant, other.key_id, None, "Theirs")
+    wake_word = await wake_words.create(store, other.tenant, "okay nabu")
     listed = (await other.http.get("/api/v2/audit")).json()["items"]
     ids = {
         "persona_id": persona.id,
+        "device_id": device.id,
+        "wake_word_id": wake_word.id,
         "key_id": other.key_id,
         "project_id": project.id,
         "session_id": session.id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,15 +15,6 @@ from agentvoicebox.tenancy import audit, keys, metering, tenants
 from agentvoicebox.tenancy.models import PLATFORM, Metric
 
 ME = "/api/v2/tenants/me"
-
-
-@pytest.fixture
-def frozen(service: Any) -> Iterator[None]:
-    """No time passes between requests, as the limiter sees it; and what was before is long ago."""
-    service.clock.now += 100_000
-    service.clock.pace = 0.0
-    yield
-    service.clock.pace = 60.0
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------

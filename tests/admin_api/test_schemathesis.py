@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from agentvoicebox.tenancy import domains, keys, personas, projects, sessions
+from agentvoicebox.tenancy import devices, domains, keys, pairings, personas, projects, sessions, wake_words
 from agentvoicebox.tenancy.personas import Character
 
 load_all_checks()
@@ -74,12 +75,18 @@ def check(case: Any, reply: Any, mode: GenerationMode) -> None:
 async def rows(service: Any, client: Any) -> dict[str, str]:
     """Rows of the client's tenant, to be read, changed and removed, not the key that it uses; and what has a name."""
     store = service.database
+    spare = (await keys.issue(store, client.tenant, "spare", ("admin",))).id
+    digest, address = secrets.token_hex(32), f"2001:db8:{secrets.token_hex(2)}::1"
     return {
-        "key_id": str((await keys.issue(store, client.tenant, "spare", ("admin",))).id),
+        "key_id": str(spare),
         "project_id": str((await projects.create(store, client.tenant, "spare")).id),
         "session_id": str((await sessions.create(store, client.tenant)).id),
         "domain_id": str((await domains.add(store, client.tenant, f"{client.slug}.example.com")).id),
         "persona_id": str((await personas.create(store, client.tenant, Character("Anna"))).id),
+        "device_id": str((await devices.arrive(store, client.tenant, spare, None, "Kitchen")).id),
+        "wake_word_id": str((await wake_words.create(store, client.tenant, "okay nabu")).id),
+        "pairing_id": str((await pairings.begin(store, digest, "Hall", address, key_prefix="avb_12345678")).id),
+        "skill_id": "skill-account.agentvoicebox",
         "tenant_id": str(client.tenant),
         "name": "slt",
         "provider": "deepgram",  # which nobody asks here
