@@ -314,6 +314,20 @@ class Answers:
 
         return await self._recent.get(tenant_id, ("house",), read)
 
+    async def heard(self, tenant_id: uuid.UUID, name: str, language: str) -> Persona:
+        """The active persona whose name this is, or sounds like. Raises `NotFound`, `Unavailable`."""
+        found = talks.called(name, language, await self.names(tenant_id))
+        return await self.named(tenant_id, str(found[0]) if found is not None else name)
+
+    async def recent(
+        self, tenant_id: uuid.UUID, what: Hashable, read: Callable[[], Awaitable[Value]], seconds: float = FRESH
+    ) -> Value:
+        """What `read` returns of the tenant, or has returned so many seconds ago. Raises what it raises.
+
+        `forget` ends that as well, so this is for what a tenant has chosen or used.
+        """
+        return await self._recent.get(tenant_id, what, read, seconds)
+
     # --- the answer ---------------------------------------------------------------------------------------------------
 
     async def answer_turn(self, who: Who, talk: Talk, text: str) -> AsyncGenerator[Delta]:
@@ -506,8 +520,11 @@ class _Recent:
         self._held: OrderedDict[uuid.UUID, _Readings] = OrderedDict()
         self._renewing: dict[tuple[uuid.UUID, Hashable], asyncio.Task[None]] = {}
 
-    async def get(self, tenant_id: uuid.UUID, what: Hashable, read: Callable[[], Awaitable[Value]]) -> Value:
-        """What `read` returns, or has returned a moment ago. Raises what it raises."""
+    async def get(
+        self, tenant_id: uuid.UUID, what: Hashable, read: Callable[[], Awaitable[Value]], seconds: float | None = None
+    ) -> Value:
+        """What `read` returns, or has returned in the last so many seconds. Raises what it raises."""
+        seconds = self._seconds if seconds is None else seconds
         held = self._held.get(tenant_id)
         if held is None:
             held = self._held[tenant_id] = {}
@@ -516,28 +533,32 @@ class _Recent:
         now = time.monotonic()
         found = held.get(what)
         if found is None or now >= found[0]:
-            return await self._read(held, what, read)
+            return await self._read(held, what, read, seconds)
         about = (tenant_id, what)
-        if now > found[0] - self._seconds / 2 and about not in self._renewing:
+        if now > found[0] - seconds / 2 and about not in self._renewing:
             # Read anew beside the answer, so that of many questions none has to wait for it.
-            task = self._renewing[about] = asyncio.create_task(self._renew(held, what, read))
+            task = self._renewing[about] = asyncio.create_task(self._renew(held, what, read, seconds))
             task.add_done_callback(lambda _: self._renewing.pop(about))
         return cast("Value", found[1])
 
-    async def _renew(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> None:
+    async def _renew(
+        self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]], seconds: float
+    ) -> None:
         try:
-            await self._read(held, what, read)
+            await self._read(held, what, read, seconds)
         except AvbError:  # of which whoever needs it is told, when this is too old
             pass
         except Exception as error:  # its text may hold what was read
             log.error("what a tenant has chosen could not be read anew: %s", type(error).__name__)
 
-    async def _read(self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]]) -> Value:
+    async def _read(
+        self, held: _Readings, what: Hashable, read: Callable[[], Awaitable[Value]], seconds: float
+    ) -> Value:
         now = time.monotonic()
         value = await read()
         if len(held) >= _MOST_OF_A_TENANT:
             held.clear()
-        held[what] = (now + self._seconds, value)  # of nobody any more, if the tenant was forgotten meanwhile
+        held[what] = (now + seconds, value)  # of nobody any more, if the tenant was forgotten meanwhile
         return value
 
     def forget(self, tenant_id: uuid.UUID) -> None:

@@ -1,5 +1,7 @@
 """The chat door: `/v1/chat/completions` and `/v1/models` in OpenAI's format, for a tenant's keys and for our own cells.
 
+Cells also ask here what their skills may know of a tenant (`/v1/about`), and change who answers (`/v1/persona`).
+
 These requests are many and small, so they are served as plain ASGI. An answer that is streamed begins when there is
 something to say, so that what fails before has an HTTP status of its own; what fails later is an `error` among the
 events. Pieces that are there at the same moment leave in one. Who goes away ends the work at once.
@@ -17,11 +19,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 
-from agentvoicebox.bus_bridge import door
+from agentvoicebox.bus_bridge import about, door
 from agentvoicebox.bus_bridge.answers import Answers, Who
 from agentvoicebox.bus_bridge.bus import Line
 from agentvoicebox.bus_bridge.connection import Receive
@@ -32,6 +35,7 @@ from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Refused, T
 from agentvoicebox.plugins.chat import Delta, Tokens
 from agentvoicebox.plugins.chat.pieces import Pieces
 from agentvoicebox.tenancy import keys, limits
+from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Grant
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import Metric, Persona
@@ -40,6 +44,8 @@ log = logging.getLogger(__name__)
 
 COMPLETIONS = "/v1/chat/completions"
 MODELS = "/v1/models"
+ABOUT = "/v1/about"
+PERSONA = "/v1/persona"
 
 MAX_BODY = 1024 * 1024
 """Bytes of a request."""
@@ -121,7 +127,14 @@ class _Uttered(msgspec.Struct):
     language: Annotated[str, msgspec.Meta(max_length=35)] = ""
 
 
+class _Wanted(msgspec.Struct):
+    """Who is to answer; nobody in particular by default."""
+
+    name: Annotated[str, msgspec.Meta(max_length=200)]
+
+
 _ASKED = msgspec.json.Decoder(_Asked)
+_WANTED = msgspec.json.Decoder(_Wanted)
 _UTTERED = msgspec.json.Decoder(_Uttered)
 _ENCODER = msgspec.json.Encoder()
 
@@ -209,15 +222,16 @@ class ChatDoor:
 
 
 class CellDoor:
-    """The ASGI application for the persona plugin in cells: it names a turn in flight, all else is known here.
+    """The ASGI application for the plugins in cells: they name a turn in flight, all else is known here.
 
     `cells` has for each cell's key what finds the turns in flight in that cell: no cell can name another's. These keys
     open this and nothing else, and no other key opens it.
     """
 
-    def __init__(self, answers: Answers, cells: Mapping[str, Callable[[str], Line | None]]) -> None:
+    def __init__(self, answers: Answers, cells: Mapping[str, Callable[[str], Line | None]], database: Database) -> None:
         self._answers = answers
         self._cells = cells
+        self._database = database
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
@@ -231,14 +245,19 @@ class CellDoor:
         found = [turn for known, turn in self._cells.items() if keys.same_key(key.strip(), known)]
         if kind.lower() != "bearer" or not found:
             raise Refused("Only the cells of this node may ask here.")
-        if scope["path"] != COMPLETIONS:
-            raise NotFound(f"There is nothing here but {COMPLETIONS}.")
-        _check_method(scope["method"], "POST")
+        doors = {COMPLETIONS: ("POST", self._complete), ABOUT: ("GET", self._tell), PERSONA: ("POST", self._choose)}
+        if scope["path"] not in doors:
+            raise NotFound(f"There is nothing here but {', '.join(doors)}.")
+        method, serve = doors[scope["path"]]
+        _check_method(scope["method"], method)
         turn_id = given.get(b"x-avb-turn", b"").decode("latin-1")
         line = found[0](turn_id) if _TURN.fullmatch(turn_id) else None
         talk = line.talk if line is not None else None
         if line is None or not isinstance(talk, Talk):
             raise NotFound("There is no such turn, or nobody waits for its answer.", code="turn_not_found")
+        await serve(scope, call, _InFlight(turn_id, line, talk))
+
+    async def _complete(self, scope: Scope, call: _Call, turn: _InFlight) -> None:
         asked = _decoded(_UTTERED, await _body(scope, call.receive))
         text = asked.messages[-1].content
         if asked.messages[-1].role != "user" or not isinstance(text, str) or len(text) > MAX_UTTERANCE:
@@ -246,17 +265,54 @@ class CellDoor:
                 f"The last message must be what the user said: text of at most {MAX_UTTERANCE} characters.",
                 param="messages",
             )
-        who = Who(
-            uuid.UUID(line.tenant_id),
-            talk.project_id,
-            uuid.UUID(line.id.removeprefix("avb:")),
-            # A cell that died may have begun the same turn before: that was used as well.
-            f"{line.id}:{turn_id}:{secrets.token_hex(4)}",
-            asked.language or line.language,
-        )
+        who = turn.who(asked.language or turn.line.language)
         reply = _Reply(f"chatcmpl-{uuid.uuid4().hex}", "persona", usage=False)
-        deltas = self._answers.answer_turn(who, talk, text)
+        deltas = self._answers.answer_turn(who, turn.talk, text)
         await (_send_whole if asked.stream is False else _stream)(call, reply, deltas)
+
+    async def _tell(self, scope: Scope, call: _Call, turn: _InFlight) -> None:
+        """What a skill may know of the tenant of this turn."""
+        asked = parse_qs(scope["query_string"].decode("latin-1"))
+        who = turn.who(turn.line.language)
+        name = turn.name(await self._answers.answering(who, turn.talk))
+        skill = asked.get("skill", [""])[0]
+        told = await about.tell(
+            self._database, self._answers, who.tenant_id, who.project_id, who.session_id, name, who.language, skill
+        )
+        await call.answer(200, told)
+
+    async def _choose(self, scope: Scope, call: _Call, turn: _InFlight) -> None:
+        """Let somebody else answer in the session of this turn."""
+        wanted = _decoded(_WANTED, await _body(scope, call.receive)).name.strip()
+        who = turn.who(turn.line.language)
+        persona = await self._answers.heard(who.tenant_id, wanted, who.language) if wanted else None
+        turn.talk.persona = persona.id if persona is not None else None
+        persona = await self._answers.answering(who, turn.talk)
+        turn.talk.on_switch(persona)
+        await call.answer(200, {"persona": turn.name(persona)})
+
+
+class _InFlight(NamedTuple):
+    """A turn that somebody waits for."""
+
+    id: str
+    line: Line
+    talk: Talk
+
+    def name(self, persona: Persona | None) -> str:
+        """How whoever answers is called; the platform's own assistant as the bridge has named it."""
+        return persona.name if persona is not None else self.line.context.get("persona_name", "")
+
+    def who(self, language: str) -> Who:
+        """Whose turn it is."""
+        return Who(
+            uuid.UUID(self.line.tenant_id),
+            self.talk.project_id,
+            uuid.UUID(self.line.id.removeprefix("avb:")),
+            # A cell that died may have begun the same turn before: that was used as well.
+            f"{self.line.id}:{self.id}:{secrets.token_hex(4)}",
+            language,
+        )
 
 
 class _Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from agentvoicebox.bus_bridge.models import LISTENING_RATE, SessionSettings, TurnDetection
 from agentvoicebox.config.errors import BadInput, Unavailable
@@ -14,6 +14,7 @@ from agentvoicebox.plugins import models
 from agentvoicebox.plugins.models import Choice
 from agentvoicebox.plugins.pool import EngineMetrics, EngineSpec, Pool, Speech, Transcript, Voice
 from agentvoicebox.plugins.pool.engine import installed
+from agentvoicebox.tenancy.models import Persona
 from agentvoicebox.tenancy.settings import Settings as TenantSettings
 from agentvoicebox.tenancy.voices import WHISPER_MODELS, VoiceConfig
 
@@ -189,6 +190,14 @@ def _here(chosen: list[EngineSpec]) -> list[EngineSpec]:
             code="busy",
         )
     return here
+
+
+def manner(persona: Persona, languages: Sequence[str]) -> dict[str, Any]:
+    """How a persona speaks, as settings of a session; what it leaves open is the tenant's."""
+    spoken = {"voice": persona.voice, "speed": persona.speed}
+    if persona.language in languages:
+        spoken["language"] = persona.language
+    return {name: value for name, value in spoken.items() if value}
 
 
 def choosable(kind: Literal["stt", "tts"]) -> list[str]:

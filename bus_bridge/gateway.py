@@ -27,8 +27,10 @@ from agentvoicebox.bus_bridge.bus import Bus, Line
 from agentvoicebox.bus_bridge.calls import Calls
 from agentvoicebox.bus_bridge.connection import Codec, Connection, Receive
 from agentvoicebox.bus_bridge.converse import Conversation
+from agentvoicebox.bus_bridge.device.devices import Devices
+from agentvoicebox.bus_bridge.device.requests import Desk
 from agentvoicebox.bus_bridge.door import Credential, Door, Scope
-from agentvoicebox.bus_bridge.engines import Engines
+from agentvoicebox.bus_bridge.engines import Engines, manner
 from agentvoicebox.bus_bridge.events import SettingsWanted
 from agentvoicebox.bus_bridge.live import LONGEST_SESSION, Live, Visit
 from agentvoicebox.bus_bridge.models import SessionSettings
@@ -41,6 +43,7 @@ from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
 from agentvoicebox.bus_bridge.wire import Clock
 from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Unavailable
 from agentvoicebox.config.settings import Settings
+from agentvoicebox.plugins.device import wire
 from agentvoicebox.tenancy import personas, sessions, voices
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Grant
@@ -75,14 +78,6 @@ class Cells:
     def of(self, tenant_id: str) -> Bus:
         """Rendezvous hashing: only the tenants of a cell that comes or goes move."""
         return self.buses[max(self.buses, key=lambda name: hash_of(name, tenant_id))]
-
-
-def manner(persona: Persona, languages: Sequence[str]) -> dict[str, Any]:
-    """How a persona speaks, as settings of a session; what it leaves open is the tenant's."""
-    spoken = {"voice": persona.voice, "speed": persona.speed}
-    if persona.language in languages:
-        spoken["language"] = persona.language
-    return {name: value for name, value in spoken.items() if value}
 
 
 def _name(persona: Persona | None, voice: voices.VoiceConfig) -> str:
@@ -127,6 +122,7 @@ class Gateway:
     answers: Answers
     books: Books
     live: Live = field(init=False)
+    devices: Devices = field(init=False)
     uses: Counter[tuple[uuid.UUID, uuid.UUID]] = field(default_factory=Counter)
     """Sessions that personas have begun, by tenant and persona, for whoever writes that down."""
     _connected: set[uuid.UUID] = field(default_factory=set)
@@ -141,6 +137,8 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.live = Live(self.door)
+        desk = Desk(self.database, self.engines, self.answers, self.books.ledger, self.settings.vad)
+        self.devices = Devices(desk)
 
     @property
     def connections(self) -> int:
@@ -160,6 +158,8 @@ class Gateway:
             credential, grant = await self.door.admit(scope)
             if realtime:
                 await self._serve_realtime(scope, receive, send, credential, grant)
+            elif scope["path"].rstrip("/") == wire.PATH:
+                await self._serve_device(scope, receive, send, credential, grant)
             elif native := NATIVE.match(scope["path"]):
                 await self._serve_native(native.group(1), scope, receive, send, credential, grant)
             else:
@@ -179,7 +179,8 @@ class Gateway:
                 while busy := self._serving | self._tasks:
                     await asyncio.wait(busy)
         except TimeoutError:
-            log.warning("%d sessions did not end in time", self.connections)
+            log.warning("%d sessions and devices did not end in time", len(self._serving))
+        await self.devices.close()
         await self.live.close()
 
     # --- the doors ----------------------------------------------------------------------------------------------------
@@ -249,6 +250,20 @@ class Gateway:
                 scope, receive, send, credential, grant, row.id, new_id, voice, persona, sequence, frozenset(chosen)
             )
             await self._serve(call, dataclasses.replace(settings, **chosen), codec)
+
+    async def _serve_device(
+        self, scope: Scope, receive: Receive, send: Send, credential: Credential, grant: Grant
+    ) -> None:
+        """A process of a device: no session, and not counted as one; it stays for as long as its key is good."""
+        await send({"type": "websocket.accept", "subprotocol": _select(scope["subprotocols"])})
+        outbox = Outbox(send, scope["extensions"].get(FRAMES), scope["extensions"].get(ABORT), self._spawn)
+        socket = self.devices.socket(grant, receive, outbox, self._spawn)
+        visit = Visit(uuid.uuid4(), socket, credential, grant, stays=True)
+        with self.live.visiting(visit):
+            await self.live.check(visit)
+            if self._closing:
+                socket.close(RESTARTING, "restarting")
+            await socket.run()
 
     async def _is_served(self, row: Row) -> bool:
         """Whether a client is connected to the session, here or, as far as can be known, on another node."""

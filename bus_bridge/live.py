@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.connection import Connection
 from agentvoicebox.bus_bridge.door import Credential, Door
 from agentvoicebox.config.errors import AvbError, Unavailable
 from agentvoicebox.tenancy.keyring import Grant
@@ -35,17 +36,38 @@ EXPIRED = 4008
 _CODES = {"tenant_suspended": SUSPENDED, "tenant_not_found": SUSPENDED, "tenant_pending": SUSPENDED}
 
 
+class Connected(Protocol):
+    """An open connection."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the client came."""
+        ...
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the client sent something."""
+        ...
+
+    def close(self, code: int, reason: str, problem: ev.Problem | None = None) -> None:
+        """End the connection, after telling the client why."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Visit:
     """One open connection and the credential behind it."""
 
     session_id: uuid.UUID
-    connection: Connection
+    """Or, of a device, a number that names the connection."""
+    connection: Connected
     credential: Credential
     grant: Grant
     timer: asyncio.TimerHandle | None = None
     reason: str = ""
     """Why we ended it, for the session's record."""
+    stays: bool = False
+    """Whether it may be silent, and last, for as long as its credential does, as a device's; it is no session then."""
 
     def end(self, code: int, reason: str, message: str) -> None:
         """Close from our side, telling why."""
@@ -59,6 +81,7 @@ class Live:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._visits: dict[uuid.UUID, Visit] = {}
+        self._staying = 0
         self._by_key: dict[uuid.UUID, set[Visit]] = {}
         self._checks: set[asyncio.Task[None]] = set()
         self._few = asyncio.Semaphore(2)
@@ -69,7 +92,7 @@ class Live:
         door.keyring.on_gap(self._check_everybody)
 
     def __len__(self) -> int:
-        return len(self._visits)
+        return len(self._visits) - self._staying
 
     def __iter__(self) -> Iterator[Visit]:
         return iter(list(self._visits.values()))
@@ -78,6 +101,7 @@ class Live:
     def visiting(self, visit: Visit) -> Iterator[None]:
         """The connection is open until the block ends."""
         self._visits[visit.session_id] = visit
+        self._staying += visit.stays
         self._by_key.setdefault(visit.grant.key_id, set()).add(visit)
         self._arm(visit)
         if self._watch is None:
@@ -88,6 +112,7 @@ class Live:
             if visit.timer is not None:
                 visit.timer.cancel()
             del self._visits[visit.session_id]
+            self._staying -= visit.stays
             mine = self._by_key[visit.grant.key_id]
             mine.discard(visit)
             if not mine:
@@ -162,15 +187,18 @@ class Live:
         visit.grant = grant
 
     def _arm(self, visit: Visit) -> None:
-        """See to it that the session ends with its credential, or after a day."""
+        """See to it that the visit ends with its credential, and a session after a day."""
         if visit.timer is not None:
             visit.timer.cancel()
-        left = LONGEST_SESSION - visit.connection.age
+            visit.timer = None
+        left = math.inf if visit.stays else LONGEST_SESSION - visit.connection.age
         code, reason, message = EXPIRED, "session_expired", "The session hit its maximum duration of 1440 minutes."
         if visit.grant.expires_at is not None:
             good = (visit.grant.expires_at - datetime.now(UTC)).total_seconds()
             if good < left:
                 left, code, reason, message = good, UNAUTHORISED, "api_key_expired", "The API key has expired."
+        if left == math.inf:
+            return
         visit.timer = asyncio.get_running_loop().call_later(max(left, 0), visit.end, code, reason, message)
 
     # --- visits in which nothing happens ------------------------------------------------------------------------------
@@ -185,6 +213,6 @@ class Live:
 
     def _end_idle(self) -> None:
         for visit in self:
-            if visit.connection.idle > visit.grant.session_timeout:
+            if not visit.stays and visit.connection.idle > visit.grant.session_timeout:
                 minutes = visit.grant.session_timeout / 60
                 visit.end(EXPIRED, "session_idle", f"Nothing was said for {minutes:.0f} minutes.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+Frame = str | bytes
+"""A text or a binary one."""
 
 MOST = 16 * 1024 * 1024
 """Bytes of finished frames that may wait for a client."""
@@ -36,7 +39,7 @@ class Outbox:
     def __init__(
         self,
         send: Send,
-        write: Callable[[list[str]], bool] | None,
+        write: Callable[[list[Frame]], bool] | None,
         abort: Callable[[], None] | None,
         spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
     ) -> None:
@@ -44,7 +47,7 @@ class Outbox:
         self._write = write
         self._abort = abort
         self._spawn = spawn
-        self._items: deque[str | Iterator[str]] | None = None  # None: most sessions are idle
+        self._items: deque[Frame | Iterator[Frame]] | None = None  # None: most sessions are idle
         self._bytes = 0
         self._pressing = False
         self._flusher: asyncio.Task[None] | None = None
@@ -61,7 +64,12 @@ class Outbox:
         """Whether anything has not been sent."""
         return bool(self._items)
 
-    def post(self, frames: list[str], *, pressing: bool = True) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes (of texts, characters) of finished frames that have not been sent."""
+        return self._bytes
+
+    def post(self, frames: Sequence[Frame], *, pressing: bool = True) -> None:
         """Put frames in; those that are not pressing wait for the next one that is."""
         if not frames or self._closing is not None:
             return
@@ -71,7 +79,7 @@ class Outbox:
         if self._bytes > MOST:
             self._give_up()
 
-    def post_lazily(self, frames: Iterator[str]) -> None:
+    def post_lazily(self, frames: Iterator[Frame]) -> None:
         """Put in frames that are made only when the client can take them."""
         if self._closing is None:
             self._put(frames)
@@ -85,7 +93,7 @@ class Outbox:
         """Send what is pressing, now if that can be."""
         if not self._pressing or self._flusher is not None:
             return
-        frames = [item for item in self._items or () if isinstance(item, str)]
+        frames = [item for item in self._items or () if isinstance(item, Frame)]
         ready = bool(frames) and len(frames) == len(self._items or ()) and self._closing is None
         if ready and self._write is not None and self._write(frames):
             self._sent()
@@ -114,7 +122,7 @@ class Outbox:
         self._items = None
         self._closing = self._closing or (1006, "")
 
-    def _put(self, *items: str | Iterator[str]) -> None:
+    def _put(self, *items: Frame | Iterator[Frame]) -> None:
         if self._items is None:
             self._items = deque()
         self._items.extend(items)
@@ -133,8 +141,8 @@ class Outbox:
         try:
             while self._items:
                 item = self._items[0]
-                if isinstance(item, str):
-                    frame: str | None = item
+                if isinstance(item, Frame):
+                    frame: Frame | None = item
                     self._items.popleft()
                     self._bytes -= len(item)
                 elif (frame := next(item, None)) is None:
@@ -143,7 +151,8 @@ class Outbox:
                 assert frame is not None
                 if self._write is None or not self._write([frame]):
                     async with asyncio.timeout(STALL):
-                        await self._send({"type": "websocket.send", "text": frame})
+                        kind = "text" if isinstance(frame, str) else "bytes"
+                        await self._send({"type": "websocket.send", kind: frame})
             self._sent()
             if self._closing is not None:
                 code, reason = self._closing

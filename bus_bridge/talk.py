@@ -127,6 +127,13 @@ def command(text: str, language: str, names: Names) -> Command | None:
     return Switch(*match) if match is not None else None
 
 
+def called(heard: str, language: str, names: Names) -> tuple[uuid.UUID, str] | None:
+    """Whose name this is, as far as it has been understood; the rules are those of `command`."""
+    phrases = _phrases(language) or _phrases(_FALLBACK)
+    assert phrases is not None
+    return _match(heard, names, phrases.article) if _plain(heard) else None
+
+
 def sentence(kind: str, language: str, name: str) -> str:
     """What is said after a command: `kind` is `switched`, `asked` or `resetted`."""
     phrases = _phrases(language) or _phrases(_FALLBACK)

@@ -10,8 +10,10 @@ import pytest
 
 from agentvoicebox.admin_api.app import ROUTERS
 from agentvoicebox.bus_bridge import gateway, live, native
+from agentvoicebox.bus_bridge.device import devices, protocol, socket
 from agentvoicebox.bus_bridge.realtime import requests
 from agentvoicebox.config.settings import Settings
+from agentvoicebox.plugins.device import wire
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
@@ -55,7 +57,18 @@ def test_every_served_realtime_event_is_described():
     assert [tag for tag in served if f"`{tag}`" not in text] == []
 
 
-@pytest.mark.parametrize("code", [live.UNAUTHORISED, live.SUSPENDED, gateway.NO_SESSION, live.EXPIRED, gateway.IN_USE])
+@pytest.mark.parametrize("said", [*wire.FROM_DEVICE, *wire.FROM_PLATFORM])
+def test_every_frame_of_devices_is_described(said: type[wire.Said]):
+    assert f"`{said.type}`" in PROTOCOLS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(live.UNAUTHORISED, live.SUSPENDED, gateway.NO_SESSION, live.EXPIRED, gateway.IN_USE),
+        *(protocol.POLICY, socket.AGAIN, devices.REPLACED),
+    ],
+)
 def test_every_close_code_is_described(code: int):
     assert f"| {code} |" in PROTOCOLS
 

@@ -115,7 +115,8 @@ async def site(store: Any, language_model: Any, tmp_path: Path) -> AsyncIterator
     answers = Answers(store, FileKeys(tmp_path / "master.keys"), chats, solvers, ledger, chosen)
     site = Site(store, tenant.id, issued.key, answers, ledger, limiter)
     door = ChatDoor(Door(chosen, keyring, limiter), answers, ledger)
-    async with Server(door) as outside, Server(CellDoor(answers, {CELL: site.lines.get, OTHER_CELL: {}.get})) as inside:
+    cells = CellDoor(answers, {CELL: site.lines.get, OTHER_CELL: {}.get}, store)
+    async with Server(door) as outside, Server(cells) as inside:
         site.url, site.cells = outside.url, inside.url
         yield site
     await chats.close()
@@ -458,7 +459,7 @@ async def asked_directly(site: Site, send: Any) -> None:
             return message
         await asyncio.Event().wait()
 
-    await CellDoor(site.answers, {CELL: site.lines.get})(scope, receive, send)
+    await CellDoor(site.answers, {CELL: site.lines.get}, site.store)(scope, receive, send)
 
 
 def line(site: Site, tenant_id: uuid.UUID | None = None) -> Line:
