@@ -8,6 +8,7 @@ what answers a request carries its number. Pure: both sides read and write with 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import types
 import typing
@@ -283,7 +284,12 @@ def split(frame: bytes) -> tuple[int, bytes]:
 
 def _checked(value: object, allowed: tuple[type, ...], place: str) -> object:
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed and int not in allowed:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise Garbled(f"{place} is too large") from error
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Garbled(f"{place} is no number")
     if type(value) not in allowed:
         raise Garbled(f"{place} is of another type")
     if place.endswith(".id") and isinstance(value, int) and not 0 <= value < 2**32:
