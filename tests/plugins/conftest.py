@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import subprocess
+import threading
 import wave
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import pairwise, repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,10 +17,17 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import soxr
 from ctranslate2.specs import common_spec, whisper_spec
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
+from agentvoicebox.plugins.device import wire
+from agentvoicebox.plugins.device.choices import Choices
+from agentvoicebox.plugins.device.link import Link, State
+from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.plugins.flite import FliteTTS
 from agentvoicebox.plugins.kokoro import MODEL, VOICES
 
@@ -41,6 +52,51 @@ def say(tmp_path_factory: pytest.TempPathFactory) -> Say:
         return np.clip(samples + noise, -32_768, 32_767).astype("<i2").tobytes(), rate
 
     return speak
+
+
+COMMANDS = (
+    "what time is it", "tell me a joke", "set a timer for five minutes", "what is the weather like today",
+    "turn on the living room lights", "turn off the kitchen lights", "play some jazz music", "stop the music",
+    "set the volume to fifty percent", "what is the date today", "wake me up at seven tomorrow morning",
+    "add milk to my shopping list", "who is the president of france", "how far away is the moon",
+    "what is two plus two", "remind me to call my mother", "cancel the timer", "what is your name", "good morning",
+    "thank you very much", "pause", "next song please", "what day is it", "how are you", "will it rain tomorrow",
+    "open the front door", "lock the back door", "set an alarm for six thirty", "tell me the news", "never mind",
+)  # fmt: skip
+
+FLITES = (
+    ("slt",), ("rms",), ("awb",), ("kal16",), ("kal",),
+    ("slt", "duration_stretch=1.25"), ("rms", "duration_stretch=0.85"), ("awb", "duration_stretch=1.2"),
+    ("kal16", "int_f0_target_mean=140"), ("rms", "int_f0_target_mean=130"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ten_voices(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[bytes]]:
+    """`ten_voices(text)` is 16 kHz audio of ten voices: five, and five of those slower, faster or higher."""
+    return cache(lambda text: [_flite(tmp_path_factory, text, voice, *set_) for voice, *set_ in FLITES])
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Four minutes at 16 kHz of four voices that say thirty commands each, and no wake word."""
+    voices = ("slt", "rms", "awb", "kal16")
+    return b"".join(_flite(tmp_path_factory, text, voice) for voice in voices for text in COMMANDS)
+
+
+def _flite(directories: pytest.TempPathFactory, text: str, voice: str, *features: str) -> bytes:
+    """A voice of flite with these features changed, quarters of a second around it, with a noise floor."""
+    path = directories.mktemp("flite") / "spoken.wav"
+    changed = [part for feature in features for part in ("--setf", feature)]
+    subprocess.run(["flite", "-voice", voice, *changed, "-t", text, "-o", str(path)], check=True)
+    with wave.open(str(path)) as wav:
+        rate, pcm = wav.getframerate(), wav.readframes(wav.getnframes())
+    samples = np.frombuffer(pcm, "<i2").astype(np.float32) / 32_768
+    if rate != 16_000:
+        samples = soxr.resample(samples, rate, 16_000)
+    samples = np.pad(samples, 4_000)
+    samples += np.random.default_rng(0).standard_normal(samples.size).astype(np.float32) / 1_000
+    return (np.clip(samples, -1, 1) * 32_767).astype("<i2").tobytes()
 
 
 @pytest.fixture
@@ -288,3 +344,200 @@ def _mel_centres() -> NDArray[np.float64]:
     top = 15 + np.log(8) / (np.log(6.4) / 27)
     mels = np.linspace(0, top, 82)[1:-1]
     return np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
+
+
+class Breaks(Exception):
+    """Raised by what a `Platform` is to do: the connection ends there, without a word."""
+
+
+class Platform:
+    """What answers a device's link, as a test tells it to: `hear` and `say` may be replaced at any time.
+
+    `say` gives the parts of what is spoken: (samples, rate), a problem, or None for a moment of work; both may raise
+    `Breaks`. Without it nothing is ever said, but for signs of work.
+    """
+
+    breaks = Breaks
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.heard: list[tuple[str, bytes]] = []
+        self.said: list[tuple[str, str, str]] = []
+        self.reports: list[dict[str, Any]] = []
+        self.received = 0
+        self.refusal = 0
+        self.cancelled: list[int] = []
+        self.hear: Callable[[bytes, str], str | wire.Problem] = lambda pcm, language: f"{len(pcm)}"
+        self.say: Callable[[str], Iterator[tuple[bytes, int] | wire.Problem | None]] | None = lambda text: iter(
+            [(bytes(3_200), 16_000)]
+        )
+        self.choices = Choices(tenant=tenant, voice="af_heart")
+        self._sockets: set[ServerConnection] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server: Server = self._do(self._serve(0))
+        self.port: int = next(iter(self._server.sockets)).getsockname()[1]
+
+    def configure(self, choices: Choices) -> None:
+        """Tell all devices what the tenant has chosen."""
+        self.choices = choices
+        said = wire.encode(wire.Configured(choices.etag, choices.as_dict()))
+        self._do(asyncio.wait([asyncio.ensure_future(each.send(said), loop=self._loop) for each in self._sockets]))
+
+    def die(self) -> None:
+        """Be gone, without a word."""
+
+        async def die() -> None:
+            self._server.close(close_connections=False)
+            for each in list(self._sockets):
+                each.transport.abort()
+
+        self._do(die())
+
+    def turn_away(self, code: int) -> None:
+        """Close all connections, and those that come, with this code."""
+        self.refusal = code
+        self._do(asyncio.wait([asyncio.ensure_future(each.close(code), loop=self._loop) for each in self._sockets]))
+
+    def live(self) -> None:
+        """Be there again, at the same address."""
+        self._server = self._do(self._serve(self.port))
+
+    def close(self) -> None:
+        self.die()
+        self._do(self._server.wait_closed())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    def _do(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop).result(10)
+
+    async def _serve(self, port: int) -> Server:
+        return await serve(self._meet, "127.0.0.1", port, compression=None)
+
+    async def _meet(self, socket: ServerConnection) -> None:
+        audio: dict[int, bytearray] = {}
+        languages: dict[int, str] = {}
+        tasks: set[asyncio.Task[None]] = set()
+        await socket.recv()
+        if self.refusal:
+            return await socket.close(self.refusal)
+        await socket.send(wire.encode(wire.Welcome(f"{self.tenant}-id", self.tenant, "device", 0.0)))
+        await socket.send(wire.encode(wire.Configured(self.choices.etag, self.choices.as_dict())))
+        self._sockets.add(socket)
+        beats = asyncio.create_task(self._beat(socket, audio))
+        try:
+            async for frame in socket:
+                if isinstance(frame, bytes):
+                    number, pcm = wire.split(frame)
+                    self.received += len(pcm)
+                    audio.get(number, bytearray()).extend(pcm)
+                    continue
+                said = wire.decode(frame, wire.FROM_DEVICE)
+                if isinstance(said, wire.Listen):
+                    audio[said.id], languages[said.id] = bytearray(), said.language
+                    await socket.send(wire.encode(wire.Working(said.id)))
+                elif isinstance(said, wire.Finish):
+                    await self._hear(socket, said.id, bytes(audio.pop(said.id)), languages[said.id])
+                elif isinstance(said, wire.Cancel):
+                    self.cancelled.append(said.id)
+                    audio.pop(said.id, None)
+                elif isinstance(said, wire.Speak):
+                    self.said.append((said.text, said.language, said.voice))
+                    tasks.add(asyncio.create_task(self._say(socket, said)))
+                elif isinstance(said, wire.Report):
+                    self.reports += said.events
+                    await socket.send(wire.encode(wire.Done(said.id)))
+        except (Breaks, ConnectionClosed):
+            socket.transport.abort()
+        finally:
+            self._sockets.discard(socket)
+            for task in (beats, *tasks):
+                task.cancel()
+
+    async def _beat(self, socket: ServerConnection, audio: Mapping[int, bytearray]) -> None:
+        while True:
+            await asyncio.sleep(wire.BEAT)
+            for number in list(audio):
+                await socket.send(wire.encode(wire.Working(number)))
+
+    async def _hear(self, socket: ServerConnection, number: int, pcm: bytes, language: str) -> None:
+        self.heard.append((language, pcm))
+        answer = self.hear(pcm, language)
+        if isinstance(answer, wire.Problem):
+            await socket.send(wire.encode(wire.Problem(number, answer.code, answer.message)))
+        else:
+            await socket.send(wire.encode(wire.Transcript(number, answer, confidence=0.9)))
+
+    async def _say(self, socket: ServerConnection, said: wire.Speak) -> None:
+        await socket.send(wire.encode(wire.Working(said.id)))
+        try:
+            for part in self.say(said.text) if self.say else repeat(None):
+                if isinstance(part, wire.Problem):
+                    await socket.send(wire.encode(wire.Problem(said.id, part.code, part.message)))
+                    return
+                if part is None:
+                    await socket.send(wire.encode(wire.Working(said.id)))
+                    await asyncio.sleep(0.01)
+                    continue
+                await socket.send(wire.encode(wire.Sound(said.id, part[1])))
+                for start in range(0, len(part[0]), 65_536):
+                    await socket.send(wire.audio(said.id, part[0][start : start + 65_536]))
+        except (Breaks, ConnectionClosed):
+            socket.transport.abort()
+        else:
+            await socket.send(wire.encode(wire.Done(said.id)))
+
+
+async def _awaited(work: Any) -> Any:
+    return await work
+
+
+@pytest.fixture
+def platforms() -> Iterator[Callable[..., Platform]]:
+    """`platforms(tenant)` is a platform of that tenant."""
+    made: list[Platform] = []
+
+    def make(tenant: str = "acme") -> Platform:
+        made.append(Platform(tenant))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def links(tmp_path: Path) -> Iterator[Callable[[Platform, str], Link]]:
+    """`links(platform, process)` is a link that is up and knows what the tenant has chosen."""
+    made: list[Link] = []
+
+    def make(platform: Platform, process: str) -> Link:
+        key = tmp_path / f"{platform.tenant}.key"
+        key.write_text("avb_" + "k" * 43)
+        section = Section(f"http://127.0.0.1:{platform.port}", key, state=tmp_path / f"{platform.tenant}-{len(made)}")
+        link = Link(section, process, name="device")
+        made.append(link)
+        until(lambda: link.state is State.UP and link.choices == platform.choices)
+        return link
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Return when it is; fail when it takes too long."""
+    still = threading.Event()
+    for _ in range(int(seconds / 0.01)):
+        if true():
+            return
+        still.wait(0.01)
+    raise AssertionError("it never came to be")
+
+
+@pytest.fixture(name="until")
+def _until() -> Callable[..., None]:
+    return until
