@@ -59,6 +59,15 @@ def plugins() -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def listed(configuration: Mapping[str, Any], plugin: str) -> bool:
+    """Whether the pipeline of a `mycroft.conf` has a stage of this plugin.
+
+    Stock core makes every pipeline plugin that is installed, whether or not a stage of it is listed.
+    """
+    pipeline = (configuration.get("intents") or {}).get("pipeline") or ()
+    return any(stage == plugin or stage.startswith(f"{plugin}-") for stage in pipeline)
+
+
 def missing() -> tuple[str, ...]:
     """Those of them that are not installed."""
     installed = {entry.name for entry in metadata.entry_points(group="opm.pipeline")}
@@ -107,7 +116,8 @@ def write(directory: Path, *, languages: Sequence[str], port: int, route: str, n
         key.unlink(missing_ok=True)
     else:
         _keep(key, node.key)
-        configuration["agentvoicebox"] = {"url": node.url, "key_file": str(key)}
+        # Without a place, the section is that of a device.
+        configuration["agentvoicebox"] = {"place": "cell", "url": node.url, "key_file": str(key)}
     file = directory / "config" / "mycroft" / "mycroft.conf"
     _keep(file, json.dumps(configuration, indent=2))
     return file

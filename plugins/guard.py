@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ovos_bus_client.message import Message
 from ovos_bus_client.session import SessionManager
+from ovos_config.config import Configuration
 from ovos_plugin_manager.templates.pipeline import IntentHandlerMatch, PipelinePlugin
 
 from agentvoicebox.config import ovos
+
+NAME = "agentvoicebox-guard"
+"""As which it is installed."""
 
 _THREADS = 64
 
 
 class Guard(PipelinePlugin):  # type: ignore[misc]
-    """The first stage of the pipeline. It matches nothing but the canary."""
+    """The first stage of the pipeline. It matches nothing but the canary.
+
+    Where it is not in the pipeline, as on a device, it does nothing: there are screens and networks there.
+    """
 
     def __init__(self, bus: Any = None, config: dict[str, Any] | None = None) -> None:
         super().__init__(bus, config)
+        self._handlers: dict[str, Callable[[Message], None]] = {}
+        if not ovos.listed(Configuration(), NAME):
+            return
         self._widen()
         self._handlers = {
             "gui.status.request": self._no_screen,

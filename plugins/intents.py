@@ -19,6 +19,11 @@ from ovos_utils.lang import standardize_lang_tag
 from ovos_utils.log import LOG
 from padacioso.bracket_expansion import expand_parentheses, normalize_example
 
+from agentvoicebox.config import ovos
+
+NAME = "agentvoicebox-intents"
+"""As which it is installed; its stages have `-high`, `-medium` and `-low` after that."""
+
 HIGH, MEDIUM, LOW = 0.95, 0.8, 0.5
 _MAX_WORDS = 50
 _MAX_CHARACTERS = 1000
@@ -98,7 +103,8 @@ class Grammar:
 class Intents(ConfidenceMatcherPipeline):  # type: ignore[misc]
     """The stages `agentvoicebox-intents-high`, `-medium` and `-low`.
 
-    It stands in for padatious on the bus. Nothing is kept of an utterance or a session.
+    It stands in for padatious on the bus, where a stage of it is in the pipeline; elsewhere padatious, or whoever
+    is there, answers for itself. Nothing is kept of an utterance or a session.
     """
 
     def __init__(self, bus: Any = None, config: dict[str, Any] | None = None) -> None:
@@ -111,6 +117,9 @@ class Intents(ConfidenceMatcherPipeline):  # type: ignore[misc]
         # Core runs each handler on any thread of its pool: what arrived first must still be done first.
         self._changes: deque[Message] = deque()
         self._lock = threading.Lock()
+        self._stands_in = ovos.listed(core, NAME)
+        if not self._stands_in:
+            return
         for name in _CHANGES:
             self.bus.on(name, self._changes.append)
         self.bus.on("mycroft.skills.train", self._train)
@@ -125,6 +134,8 @@ class Intents(ConfidenceMatcherPipeline):  # type: ignore[misc]
         return self._match(utterances, lang, message, LOW)
 
     def shutdown(self) -> None:
+        if not self._stands_in:
+            return
         for name in _CHANGES:
             self.bus.remove(name, self._changes.append)
         self.bus.remove("mycroft.skills.train", self._train)

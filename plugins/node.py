@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,9 @@ CONNECT = 2.0
 
 SILENCE = 30.0
 """Seconds in which it must say something, if only that it is still there."""
+
+TELL = 1.0
+"""Seconds that whoever asks a short question waits for its answer."""
 
 MOST = 1024 * 1024
 """Bytes of one event, or of an error."""
@@ -73,6 +78,36 @@ class Node:
             if writer is not None:
                 writer.close()
 
+    def tell(self, method: str, path: str, turn: str, body: Any = None) -> dict[str, Any]:
+        """Put a short question about a turn, on the caller's thread; `path` begins behind `/v1`. Raises `Failed`."""
+        until = time.monotonic() + TELL
+        address = urlsplit(self.url)
+        headers = {"Authorization": f"Bearer {self.key}", "X-AVB-Turn": turn}
+        connection = HTTPConnection(address.hostname or "", address.port, timeout=TELL)
+        try:
+            connection.request(method, address.path.rstrip("/") + path, json.dumps(body) if body else None, headers)
+            answer = connection.getresponse()
+            said = b""
+            while data := answer.read1(65_536):
+                said += data
+                left = until - time.monotonic()
+                if left <= 0 or len(said) > MOST:
+                    raise Failed("node_garbage" if left > 0 else "node_unreachable")
+                if connection.sock is not None:
+                    connection.sock.settimeout(left)
+            told = json.loads(said)
+            if answer.status != 200:
+                raise failed(told["error"].get("code"))
+            if not isinstance(told, dict):
+                raise TypeError("not an object")
+            return told
+        except OSError as error:
+            raise Failed("node_unreachable") from error
+        except (HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Failed("node_garbage") from error
+        finally:
+            connection.close()
+
     def _request(self, host: str, path: str, turn: str, question: str, language: str) -> bytes:
         if not (_HEADER.fullmatch(turn) and _HEADER.fullmatch(self.key)):
             raise ValueError("a header cannot hold this")
@@ -95,6 +130,11 @@ class Node:
             "Connection: close\r\n\r\n"
         )
         return head.encode("ascii") + body
+
+
+def failed(code: object) -> Failed:
+    """Of that code; one that is none tells of nonsense."""
+    return Failed(code if isinstance(code, str) and _CODE.fullmatch(code) else "node_garbage")
 
 
 def configured(section: Mapping[str, Any] | None) -> Node | None:
@@ -158,18 +198,13 @@ async def _refused(status: int, body: AsyncGenerator[bytes]) -> Failed:
         if len(said) > MOST:
             break
     try:
-        return _failure(json.loads(said)["error"])
-    except (ValueError, LookupError, TypeError):
+        return failed(json.loads(said)["error"].get("code"))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return Failed("rate_limit_exceeded" if status == 429 else "node_garbage")
-
-
-def _failure(error: dict[str, Any]) -> Failed:
-    code = error.get("code")
-    return Failed(code if isinstance(code, str) and _CODE.fullmatch(code) else "node_garbage")
 
 
 def _text(event: dict[str, Any]) -> str:
     """The words in an event. Raises `Failed` if it is an error."""
     if error := event.get("error"):
-        raise _failure(error)
+        raise failed(error.get("code"))
     return "".join(choice["delta"].get("content") or "" for choice in event.get("choices") or ())

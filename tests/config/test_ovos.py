@@ -89,9 +89,18 @@ def test_the_persona_is_told_where_its_node_is(tmp_path: Path) -> None:
     assert "a secret" not in file.read_text()
     section = json.loads(file.read_text())["agentvoicebox"]
     key = Path(section["key_file"])
-    assert section["url"] == "http://127.0.0.1:4712/v1"
+    assert (section["place"], section["url"]) == ("cell", "http://127.0.0.1:4712/v1")
     assert key.read_text() == "a secret"
     assert key.is_relative_to(tmp_path)
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert "agentvoicebox" not in _written(tmp_path)
     assert not key.exists(), "a key that nobody needs is not left behind"
+
+
+def test_a_plugin_is_listed_by_itself_or_with_a_stage() -> None:
+    configuration = {"intents": {"pipeline": ["adapt_high", "agentvoicebox-persona", "agentvoicebox-intents-high"]}}
+    assert ovos.listed(configuration, "agentvoicebox-persona")
+    assert ovos.listed(configuration, "agentvoicebox-intents")
+    assert not ovos.listed(configuration, "agentvoicebox-guard")
+    assert not ovos.listed({}, "agentvoicebox-guard")
+    assert not ovos.listed({"intents": None}, "agentvoicebox-guard")

@@ -8,10 +8,17 @@ import pytest
 from ovos_bus_client import MessageBusClient
 from ovos_bus_client.message import Message
 from ovos_bus_client.session import SessionManager
+from ovos_config.config import Configuration
 from ovos_utils.fakebus import FakeBus
 
 from agentvoicebox.config import ovos
 from agentvoicebox.plugins.guard import Guard
+
+
+@pytest.fixture(autouse=True)
+def in_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = {"intents": {"pipeline": list(ovos.PIPELINE)}}
+    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: pipeline)
 
 
 @pytest.fixture
@@ -70,3 +77,11 @@ def test_the_pool_of_core_is_widened_and_never_narrowed() -> None:
 def test_after_shutdown_nobody_answers(bus: FakeBus, guard: Guard) -> None:
     guard.shutdown()
     assert bus.wait_for_response(Message("gui.status.request"), timeout=0.05) is None
+
+
+def test_on_a_device_it_says_nothing_of_screens_and_networks(bus: FakeBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: {"intents": {"pipeline": ["adapt_high"]}})
+    plugin = Guard(bus)
+    for question in ("gui.status.request", "ovos.PHAL.internet_check"):
+        assert bus.wait_for_response(Message(question), timeout=0.05) is None
+    plugin.shutdown()

@@ -10,10 +10,19 @@ from ovos_bus_client.message import Message
 from ovos_config.config import Configuration
 from ovos_utils.fakebus import FakeBus
 
+from agentvoicebox.config import ovos
 from agentvoicebox.plugins.intents import Intents
 
 SKILL = "clock.test"
 ASK = f"{SKILL}:ask.intent"
+
+
+PIPELINE = {"intents": {"pipeline": list(ovos.PIPELINE)}}
+
+
+@pytest.fixture(autouse=True)
+def in_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: PIPELINE)
 
 
 @pytest.fixture
@@ -164,7 +173,8 @@ def test_a_broken_registration_harms_no_other(bus, register, understand, broken:
 
 
 def test_languages_are_kept_apart(bus: FakeBus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: {"lang": "en-us", "secondary_langs": ["de-de"]})
+    languages = {"lang": "en-us", "secondary_langs": ["de-de"]}
+    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: PIPELINE | languages)
     plugin = Intents(bus)
     for lang, sample in (("en-us", "hello"), ("de-de", "hallo"), ("fr-fr", "bonjour")):
         bus.emit(Message("padatious:register_intent", {"name": ASK, "samples": [sample], "lang": lang}))
@@ -184,3 +194,13 @@ def test_nothing_is_heard_after_shutdown(bus, intents: Intents, register, unders
     intents.shutdown()
     register("what time is it")
     assert understand("what time is it") is None
+
+
+def test_where_padatious_is_in_the_pipeline_it_trains_by_itself(bus: FakeBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Configuration, "load_all_configs", lambda *_: {"intents": {"pipeline": ["padatious_high"]}})
+    plugin = Intents(bus)
+    answers: list[Message] = []
+    bus.on("mycroft.skills.trained", answers.append)
+    bus.emit(Message("mycroft.skills.train"))
+    plugin.shutdown()
+    assert answers == []

@@ -138,7 +138,7 @@ async def bus() -> Bus:
 def _configure(patch: pytest.MonkeyPatch, directory: Path, url: str) -> None:
     key = directory / "node.key"
     key.write_text("cell-key\n")
-    section = {"agentvoicebox": {"url": url, "key_file": str(key)}}
+    section = {"agentvoicebox": {"place": "cell", "url": url, "key_file": str(key)}}
     patch.setattr(persona, "Configuration", lambda: section)
 
 
@@ -183,7 +183,9 @@ async def test_nothing_said_is_not_matched(plugin: Persona) -> None:
     assert plugin.match([""], "en-us", Message("", {}, dict(KEYS))) is None
 
 
-@pytest.mark.parametrize("section", [None, {}, {"url": "http://127.0.0.1:9/v1"}, {"key_file": "/nowhere"}])
+@pytest.mark.parametrize(
+    "section", [None, {}, {"place": "cell", "url": "http://127.0.0.1:9/v1"}, {"place": "cell", "key_file": "/nowhere"}]
+)
 async def test_without_a_node_there_is_no_persona(bus: Bus, monkeypatch: pytest.MonkeyPatch, section: Any) -> None:
     monkeypatch.setattr(persona, "Configuration", lambda: {"agentvoicebox": section} if section else {})
     plugin = Persona(bus)
@@ -192,7 +194,7 @@ async def test_without_a_node_there_is_no_persona(bus: Bus, monkeypatch: pytest.
 
 
 async def test_without_its_key_there_is_no_persona(bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    section = {"url": "http://127.0.0.1:9/v1", "key_file": str(tmp_path / "absent")}
+    section = {"place": "cell", "url": "http://127.0.0.1:9/v1", "key_file": str(tmp_path / "absent")}
     monkeypatch.setattr(persona, "Configuration", lambda: {"agentvoicebox": section})
     plugin = Persona(bus)
     assert plugin.match(["hello"], "en-us", Message("", {}, dict(KEYS))) is None
