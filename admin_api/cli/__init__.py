@@ -16,6 +16,7 @@ VERBS = {
     "key": "make, list, rotate and revoke API keys of a tenant",
     "audit": "check, anchor, export and archive the audit log",
     "secrets": "give tenants' secrets a new master key",
+    "device": "make this machine a device of a platform, pair it, and say what is live on it",
     "say": "say or write something to a running node and hear the answer",
     "worker": "speech engines for nodes that share a Redis, on this or another machine",
     "models": "which speech models are here, and fetching them",

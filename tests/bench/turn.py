@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import uuid
-import wave
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -27,6 +26,12 @@ import httpx
 import psutil
 from websockets.asyncio.client import connect
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parts.node import Node, cpu
+from parts.ovos import spoken
+from parts.reports import percentile, report, tell
+
 from agentvoicebox.bus_bridge import client
 
 TURNS = 300
@@ -35,98 +40,23 @@ BUSY = 8
 SESSIONS = 1000
 TENANTS = 3
 """Among whom the sessions are shared: a plan has at most 500 at once."""
-LARGEST = ("--tier", "enterprise")
 QUESTION = "what time is it"
 SENTENCES = ("what time is it", "what day is it", "who am i talking to", "what is your name", "hello world")
 
 
-def report(name: str, value: float, unit: str, bar: float, against: str, **detail: Any) -> None:
-    """One line of the result; lower is better for everything here."""
-    line = {
-        "name": name,
-        "value": round(value, 3),
-        "unit": unit,
-        "bar": bar,
-        "better": "lower",
-        "pass": value <= bar,
-        "against": against,
-        "detail": detail,
-    }
-    print(json.dumps(line), flush=True)
-
-
-def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def percentile(values: list[float], part: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
-
-
-def cpu(pid: int) -> float:
-    """Seconds of CPU all threads of a process have used, by the scheduler's own clock (nanoseconds, Linux)."""
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
-
-
-class Node:
-    """`avb up` on a fresh directory, a tenant, and a key."""
+class Admitted(Node):
+    """A node with some tenants, and a key of each."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(directory),
-            "AVB_DATA": str(directory / "data"),
-            "AVB_ENGINE": "offline",
-        }
-        self.process: subprocess.Popen[str] | None = None
-        self.url = self.key = ""
+        super().__init__(directory)
         self.keys: list[str] = []
 
-    def avb(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "agentvoicebox.admin_api.cli", *arguments]
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self.avb("up", "--port", "0"), env=self.environ, stdout=subprocess.PIPE, stderr=sys.stderr, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.startswith("ready "):
-            raise SystemExit("the node did not start")
-        self.url = line.split()[1]
-
-    def admit(self) -> None:
-        for n in range(TENANTS):
-            self._json("tenant", "create", "--slug", f"bench-{n}", "--name", "Bench", "--voice", "slt", *LARGEST)
-            made = self._json("key", "create", "--tenant", f"bench-{n}", "--name", "bench", "--rate-class", "unlimited")
-            self.keys.append(made["key"])
-        self.key = self.keys[0]
-
-    def _json(self, *arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            self.avb(*arguments, "--json"), env=self.environ, capture_output=True, text=True, check=True
-        )
-        return json.loads(done.stdout)
-
     @property
-    def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
+    def key(self) -> str:
+        return self.keys[0]
 
-    def cpu(self) -> float:
-        """Seconds of CPU the node process has used."""
-        return cpu(self.pid)
-
-    def bus_url(self) -> str:
-        conf = next((self.directory / "data" / "cells").glob("*/config/mycroft/mycroft.conf"))
-        websocket = json.loads(conf.read_text())["websocket"]
-        return f"ws://{websocket['host']}:{websocket['port']}{websocket['route']}"
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(30)
+    def admit_all(self) -> None:
+        self.keys = [self.admit(f"bench-{n}", "--voice", "slt") for n in range(TENANTS)]
 
 
 class Direct:
@@ -204,7 +134,7 @@ class Echo:
         self._process.communicate()
 
 
-async def busy_turns(node: Node, idle: float) -> float:
+async def busy_turns(node: Admitted, idle: float) -> float:
     """Milliseconds of CPU of a turn while several sessions speak at once and the node is never cold."""
     async with AsyncExitStack() as stack:
         sessions = [
@@ -225,7 +155,7 @@ async def busy_turns(node: Node, idle: float) -> float:
     return used * 1000 / (TURNS // BUSY * BUSY)
 
 
-async def text_turns(node: Node) -> None:
+async def text_turns(node: Admitted) -> None:
     tell(f"{TURNS} text turns through the bridge, {TURNS} straight on the bus, {TURNS} bare echoes, in turn")
     echo = Echo()
     async with (
@@ -287,24 +217,13 @@ async def text_turns(node: Node) -> None:
     )
 
 
-def question(sentence: str, directory: Path) -> bytes:
-    """A sentence spoken by a real voice, 16 kHz 16-bit mono, cut where the sound ends."""
-    file = directory / "question.wav"
-    subprocess.run(["flite", "-voice", "slt", "-t", sentence, "-o", str(file)], check=True)
-    with wave.open(str(file)) as wav:
-        pcm = wav.readframes(wav.getnframes())
-    samples = memoryview(pcm).cast("h")
-    loud = max(i for i, sample in enumerate(samples) if abs(sample) > 300)
-    return pcm[: 2 * (loud + 1)]
-
-
-async def spoken_turns(node: Node) -> None:
+async def spoken_turns(node: Admitted) -> None:
     tell(f"{SPOKEN} spoken turns, in real time")
     size = int(16_000 * client.FRAME) * 2
     first: list[float] = []
     splits: list[dict[str, float]] = []
     async with client.session(node.url, node.key, {"input_rate": 16000}) as session:
-        questions = [question(sentence, node.directory) for sentence in SENTENCES]
+        questions = [spoken(sentence) for sentence in SENTENCES]
         for number in range(SPOKEN + 3):
             pcm = questions[number % len(questions)]
             # `say` sends frame n at begin + n x FRAME: that is when the user stopped speaking.
@@ -329,7 +248,7 @@ async def spoken_turns(node: Node) -> None:
 
 
 @asynccontextmanager
-async def idle_sessions(node: Node, count: int) -> AsyncIterator[None]:
+async def idle_sessions(node: Admitted, count: int) -> AsyncIterator[None]:
     sockets = []
     async with httpx.AsyncClient(trust_env=False, timeout=30) as http:
         for n in range(count):
@@ -348,7 +267,7 @@ def resident(pid: int) -> float:
     return psutil.Process(pid).memory_full_info().pss / 1024
 
 
-async def idle_memory(node: Node) -> None:
+async def idle_memory(node: Admitted) -> None:
     tell(f"{SESSIONS} idle sessions")
     # The first ones also warm up what all share: pools, caches, the allocator's arenas.
     async with idle_sessions(node, 100):
@@ -365,7 +284,7 @@ async def idle_memory(node: Node) -> None:
     )
 
 
-def stack_memory(node: Node) -> None:
+def stack_memory(node: Admitted) -> None:
     members = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
     rows: dict[str, float] = {}
     shared_twice = 0.0
@@ -403,7 +322,7 @@ def demo(directory: Path) -> None:
     report("demo.first_spoken_answer", first, "s", 15, "the second run", turns=len(turns))
 
 
-async def rest(node: Node) -> None:
+async def rest(node: Admitted) -> None:
     """Wait until the node has nothing left to do."""
     while True:
         before = node.cpu()
@@ -413,10 +332,10 @@ async def rest(node: Node) -> None:
 
 
 async def measure(directory: Path) -> None:
-    node = Node(directory)
+    node = Admitted(directory)
     node.start()
     try:
-        node.admit()
+        node.admit_all()
         stack_memory(node)
         # Before anything else leaves free memory behind that new sessions would fill.
         await idle_memory(node)
