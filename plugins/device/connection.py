@@ -22,8 +22,9 @@ from agentvoicebox.plugins.device.requests import Away, Failed, Request
 from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.plugins.device.trouble import SUSPENDED, UNAUTHORISED, Nonsense, Silent, TurnedAway
 
-OPENING, WELCOME = 5.0, 2.0
-"""Seconds for the socket to open, and for the answer to `Hello`."""
+OPENING, WELCOME = 5.0, 10.0
+"""Seconds for the socket to open, and for the answer to `Hello`: after a restart of the platform all devices come at
+once. The local engines serve meanwhile."""
 
 SILENT = 0.8
 """Seconds without a single byte, while something is asked of it, after which the platform is not there."""

@@ -11,6 +11,12 @@ from agentvoicebox.plugins.device.link import Link, shared
 NAME = "agentvoicebox-language"
 
 
+def same_language(one: str, other: str) -> bool:
+    """Whether two BCP 47 tags are of one language, as far as both tell."""
+    first, second = one.lower().split("-"), other.lower().split("-")
+    return first[0] == second[0] and (len(first) == 1 or len(second) == 1 or first == second)
+
+
 class TenantLanguage(AudioTransformer):  # type: ignore[misc]
     """Tells the core in which language an utterance is: the tenant's choice of the moment.
 

@@ -1,6 +1,7 @@
 """The one link of a process to its platform: made, lost and made again by itself, and asked from any thread.
 
-A daemon thread with an event loop carries it. It costs nothing while nothing is asked: a sign of life every 20 seconds.
+A daemon thread with an event loop carries it. It costs next to nothing while nothing is asked: a sign of life every 20
+seconds, and a look at the key file every two.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SOONEST, LATEST = 0.25, 30.0
 """Seconds between tries to connect: doubled each time, with jitter."""
 
 LOOK = 2.0
-"""Seconds between looks at the key file while there is no link."""
+"""Seconds between looks at the key file."""
 
 STEADY = 10.0
 """Seconds after which a link that breaks was a good one, and is tried for again soon."""
@@ -242,7 +243,11 @@ class Link:
             self._connection = connection
             self._turn(Trouble(State.UP, ""))
             self._outbox.wake()
-            await connection.run()
+            looking = asyncio.create_task(self._look_for_another(key, connection))
+            try:
+                await connection.run()
+            finally:
+                looking.cancel()
         except Exception as error:
             found = trouble.of(error, self.section)
             self._turn(found)
@@ -265,6 +270,14 @@ class Link:
             await asyncio.sleep(min(seconds, LOOK))
             if self._mark() != mark:
                 return
+
+    async def _look_for_another(self, key: str, connection: Connection) -> None:
+        """Drop the connection once the file holds another key: the device has been paired anew, maybe elsewhere."""
+        mark: object = None
+        while True:
+            await asyncio.sleep(LOOK)
+            if mark != (mark := self._mark()) and self.section.key() not in (None, key):
+                connection.drop()
 
     def _mark(self) -> object:
         """Differs when the key file does."""

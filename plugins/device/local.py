@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ovos_config import Configuration
 from ovos_plugin_manager.templates.stt import StreamingSTT
 from ovos_plugin_manager.templates.tts import TTS
+from ovos_utils.file_utils import get_cache_directory
 
 from agentvoicebox.config.errors import AvbError, Unavailable
 from agentvoicebox.plugins.pool.engine import Engine, plugin_class
@@ -75,6 +76,9 @@ class _Local:
             log.warning("Nothing stands in for the platform: %s", error.message)
             # Not the error itself: with it, all that a half-made plugin holds would stay.
             self._why = Unavailable(error.message, code=error.code)
+        except Exception as error:
+            log.warning("Nothing stands in for the platform: %s fails (%s).", self.name, type(error).__name__)
+            self._why = Unavailable(f"The engine {self.name} cannot be loaded: choose another.", code="engine_failed")
         with self._lock:
             if engine is not None and not self._closed:
                 self._places = threading.Semaphore(engine.loaded.parallel)
@@ -140,7 +144,7 @@ class LocalVoice(_Local):
         places = self._take()
         try:
             with (
-                tempfile.TemporaryDirectory(prefix="agentvoicebox-") as directory,
+                tempfile.TemporaryDirectory(prefix="agentvoicebox-", dir=_memory()) as directory,
                 closing(engine.stream(Utter(text, language, voice or "auto", speed), directory)) as parts,
             ):
                 yield from parts
@@ -175,6 +179,11 @@ class _Plugin(Engine):
         found = self._plugin.transcribe(None, job.language)
         text, confidence = found[0] if found else ("", None)
         return self._transcript(job, text, confidence, "")
+
+
+def _memory() -> str:
+    """A place for what is deleted in a moment: in memory, so that an SD card is neither worn nor may be full."""
+    return str(get_cache_directory("agentvoicebox"))
 
 
 def _aside(plugin: Any) -> Any:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,14 @@ from agentvoicebox.config.errors import BadInput, Unavailable
 PERSONA = "agentvoicebox-persona"
 """The stage of the pipeline in which the tenant's persona answers."""
 
+INTENTS = "agentvoicebox-intents"
+"""The plugin whose stages match the `.intent` files of skills where padatious would have to be compiled."""
+
+PADATIOUS = "ovos-padatious-pipeline-plugin"
+READERS = (INTENTS, PADATIOUS, "ovos-padacioso-pipeline-plugin")
+"""The plugins that match `.intent` files."""
+
+_LEVEL = re.compile(r"[-_](high|medium|low)$")
 _LAST = ("fallback_low", "ovos-fallback-pipeline-plugin-low", "ovos-persona-pipeline-plugin-low")
 """Stages that answer anything: after them there is nothing left to answer."""
 
@@ -61,6 +71,7 @@ class Lines:
                 "fallback_module": "",
                 "agentvoicebox-tts": {"fallback": self.tts_fallback, "enable_streaming": True},
             },
+            # An empty section has a listener load the transformer: core then hears the tenant's language.
             "listener": {"wake_word": "agentvoicebox", "audio_transformers": {"agentvoicebox-language": {}}},
             # One entry hears all phrases of the tenant and changes them without a reload of the listener.
             "hotwords": {"agentvoicebox": {"module": "agentvoicebox-ww", "listen": True, "active": True}},
@@ -160,19 +171,62 @@ def plan(lines: Lines, file: Path, environ: Mapping[str, str]) -> list[Change]:
         named = {place for place, _ in wanted}
         stale = (("agentvoicebox", "tenant"), ("agentvoicebox", "ca_file"))
         wanted += [(place, None) for place in stale if place not in named]
-    changes = [Change(place, before, value) for place, value in wanted if (before := _at(known, place, file)) != value]
+    changes = [
+        Change(place, before, value)
+        for place, value in wanted
+        if (before := _at(known, place, file)) != value and not (value == {} and isinstance(before, Mapping))
+    ]
     place = ("intents", "pipeline")
     stages = _at(known, place, file)
     stages = [str(stage) for stage in stages] if isinstance(stages, list) else []
-    if stages and PERSONA not in stages:
-        changes.append(Change(place, stages, with_persona(stages)))
+    if stages and (ours := with_persona(with_intents(stages, installed_stages()))) != stages:
+        changes.append(Change(place, stages, ours))
     return changes
 
 
 def with_persona(stages: list[str]) -> list[str]:
-    """The stages of a pipeline with ours among them: after all skills, before what answers anything."""
+    """The stages of a pipeline with our persona's among them: after all skills, before what answers anything."""
+    if PERSONA in stages:
+        return stages
     at = next((number for number, stage in enumerate(stages) if stage in _LAST), len(stages))
     return [*stages[:at], PERSONA, *stages[at:]]
+
+
+def with_intents(stages: list[str], installed: Collection[str]) -> list[str]:
+    """The stages of a pipeline with ours in place of those of padatious, where padatious is not installed.
+
+    Ours of medium confidence comes before the one of adapt, as in a cell: the stock pipeline has none there.
+    """
+    if reads_intents(stages, installed) or not any(stage_plugin(stage) == PADATIOUS for stage in stages):
+        return stages
+    found = [
+        f"{INTENTS}-{level[1]}" if stage_plugin(stage) == PADATIOUS and (level := _LEVEL.search(stage)) else stage
+        for stage in stages
+    ]
+    medium = f"{INTENTS}-medium"
+    if medium not in found:
+        places = ("adapt_medium", "ovos-adapt-pipeline-plugin-medium", "common_qa", PERSONA, *_LAST)
+        at = next((number for number, stage in enumerate(found) if stage in places), len(found))
+        found.insert(at, medium)
+    return found
+
+
+def reads_intents(stages: Collection[str], installed: Collection[str]) -> bool:
+    """Whether a stage of the pipeline matches `.intent` files: else skills that have some hear nothing."""
+    return any((name := stage_plugin(stage)) in READERS and name in installed for stage in stages)
+
+
+def installed_stages() -> set[str]:
+    """The pipeline plugins that OVOS finds."""
+    return {point.name for point in metadata.entry_points(group="opm.pipeline")}
+
+
+def stage_plugin(stage: str) -> str:
+    """The plugin of a stage; stock configurations still write `adapt_high` for `ovos-adapt-pipeline-plugin-high`."""
+    if stage == "common_qa":
+        return "ovos-common-query-pipeline-plugin"
+    name = _LEVEL.sub("", stage)
+    return name if "-" in stage else f"ovos-{name.partition('_')[0]}-pipeline-plugin"
 
 
 def missing(configuration: Mapping[str, Any]) -> list[str]:
@@ -285,7 +339,7 @@ def _uncommented(text: str) -> Iterator[str]:
 
 def _leaves(told: Mapping[str, Any], place: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
     for name, value in told.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, (*place, name))
         else:
             yield (*place, name), value

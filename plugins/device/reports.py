@@ -103,6 +103,8 @@ class Outbox:
                 self._unkept_since = None
             if new and self._disk.append(new):
                 self._on_disk.update(event["id"] for event in new)
+        if self._untidy() > _UNTIDY:
+            self._tidy()  # of a device that is away for months, the oldest are forgotten on disk too
 
     # --- on the link's thread -----------------------------------------------------------------------------------------
 
@@ -166,9 +168,7 @@ class Outbox:
             if not self._events:
                 self._unkept_since = None
         # Rewriting the file for each batch would wear out an SD card; what is told twice after a crash counts once.
-        if (told := len(self._on_disk) - sum(number in self._on_disk for number in self._events)) and (
-            told == len(self._on_disk) or told > _UNTIDY
-        ):
+        if (told := self._untidy()) and (told == len(self._on_disk) or told > _UNTIDY):
             await aside(self._tidy)
 
     async def _rest(self, wait: float) -> None:
@@ -219,6 +219,11 @@ class Outbox:
                 self._events = {**found, **self._events}
                 self._limit()
             self._on_disk |= found.keys()
+
+    def _untidy(self) -> int:
+        """How many are on disk that need not be there any more."""
+        with self._lock:
+            return len(self._on_disk) - sum(number in self._on_disk for number in self._events)
 
     def _tidy(self) -> None:
         """Have no more on disk than is still to be told."""
@@ -345,7 +350,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
         good = (
             all(isinstance(event[name], str) for name in ("id", "kind", "boot"))
-            and all(isinstance(event[name], int | float) for name in ("wall", "up"))
+            and all(isinstance(event[name], int | float) and 0 <= event[name] < _END for name in ("wall", "up"))
             and len(line) <= LARGEST
         )
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -40,7 +40,10 @@ _T = TypeVar("_T")
 
 
 class Away(Unavailable):
-    """The platform cannot be asked now (`platform_away`), or refuses this device's key (`key_refused`)."""
+    """The platform cannot be asked now.
+
+    Codes: `platform_away`; `platform_late`, it has not answered in time; `key_refused`, it refuses this device's key.
+    """
 
     default_code = "platform_away"
 
@@ -91,10 +94,10 @@ class Mailbox(Generic[_T]):
                 self._changed.wait(left)
             return self._take()
 
-    async def arrive(self) -> _T | None:
+    async def arrive(self, patience: float = LONGEST) -> _T | None:
         """The same for an event loop, whichever it is."""
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(LONGEST):
+        async with asyncio.timeout(patience):
             while True:
                 with self._changed:
                     if self._pieces or self._over:
@@ -174,11 +177,15 @@ class Request:
         try:
             answer = self._mail.get(timeout)
         except TimeoutError:
-            self.cancel()
-            raise Away("The platform has not answered in time: this device goes on by itself.") from None
+            raise self._late() from None
         if answer is None:
             raise Away("The answer of the platform has been read already.")
         return answer
+
+    def _late(self) -> Away:
+        """Wait no longer."""
+        self.cancel()
+        return Away("The platform has not answered in time: this device goes on by itself.", code="platform_late")
 
     # --- the link's side ----------------------------------------------------------------------------------------------
 
@@ -307,6 +314,8 @@ class Listening(Request):
 class _Stream(Request, Generic[_T]):
     """A request whose answer comes in pieces, to be iterated over once."""
 
+    patience = LONGEST
+    """Seconds that whoever iterates waits for each piece, before `Away` (`platform_late`)."""
     _size = 0
 
     def __iter__(self) -> Iterator[_T]:
@@ -314,9 +323,9 @@ class _Stream(Request, Generic[_T]):
 
     def __next__(self) -> _T:
         try:
-            piece: _T | None = self._mail.get()
+            piece: _T | None = self._mail.get(self.patience)
         except TimeoutError:
-            raise Away("The platform has not answered in time: this device goes on by itself.") from None
+            raise self._late() from None
         if piece is None:
             raise StopIteration
         self._read(piece)
@@ -327,9 +336,9 @@ class _Stream(Request, Generic[_T]):
 
     async def __anext__(self) -> _T:
         try:
-            piece: _T | None = await self._mail.arrive()
+            piece: _T | None = await self._mail.arrive(self.patience)
         except TimeoutError:
-            raise Away("The platform has not answered in time: this device goes on by itself.") from None
+            raise self._late() from None
         if piece is None:
             raise StopAsyncIteration
         self._read(piece)

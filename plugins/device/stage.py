@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ovos_bus_client.message import Message
 from ovos_plugin_manager.templates.tts import TTS
+from ovos_utils.file_utils import get_cache_directory
 
 from agentvoicebox.plugins.device.player import Player, PlayerBroke
 from agentvoicebox.plugins.pool.engine import at_rate
@@ -63,8 +64,8 @@ class Sentence:
     def again(self, mark: int = 0) -> None:
         """What came since the mark does not count, and is said anew; what is played begins from the beginning."""
         with self._changed:
-            del self._parts[mark:]
             self._take += 1
+            self._parts = [part._replace(take=self._take) for part in self._parts[:mark]]
             player = self._player
             self._changed.notify_all()
         if player is not None:
@@ -87,7 +88,7 @@ class Sentence:
     @property
     def waiting(self) -> int:
         """Bytes that have not been heard yet."""
-        return 0 if self.heard else sum(len(part.pcm) for part in list(self._parts))
+        return 0 if self.heard or self.stopped else sum(len(part.pcm) for part in list(self._parts))
 
     # --- whoever hears it ---------------------------------------------------------------------------------------------
 
@@ -249,9 +250,13 @@ class Stage:
             playback.on_end(listen and not sentence.stopped, message)
 
     def _play_file(self, sentence: Sentence, listen: bool, tts_id: str, message: Message) -> None:
-        with tempfile.TemporaryDirectory(prefix="agentvoicebox-") as directory:
+        place = get_cache_directory("agentvoicebox")
+        with tempfile.TemporaryDirectory(prefix="agentvoicebox-", dir=place) as directory:
             path = str(Path(directory) / "sentence.wav")
             sentence.write(path)
+            if sentence.stopped:
+                self._playback.on_end(False, message)
+                return
             self._playback._now_playing = (path, None, listen, tts_id, message)
             self._stock_play()
 

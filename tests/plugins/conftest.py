@@ -354,7 +354,7 @@ class Platform:
     """What answers a device's link, as a test tells it to: `hear` and `say` may be replaced at any time.
 
     `say` gives the parts of what is spoken: (samples, rate), a problem, or None for a moment of work; both may raise
-    `Breaks`. Without it nothing is ever said, but for signs of work.
+    `Breaks`. Without them nothing is ever said or understood, but for signs of work.
     """
 
     breaks = Breaks
@@ -439,7 +439,7 @@ class Platform:
                 if isinstance(said, wire.Listen):
                     audio[said.id], languages[said.id] = bytearray(), said.language
                     await socket.send(wire.encode(wire.Working(said.id)))
-                elif isinstance(said, wire.Finish):
+                elif isinstance(said, wire.Finish) and self.hear is not None:
                     await self._hear(socket, said.id, bytes(audio.pop(said.id)), languages[said.id])
                 elif isinstance(said, wire.Cancel):
                     self.cancelled.append(said.id)

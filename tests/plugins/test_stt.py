@@ -26,6 +26,7 @@ from ovos_utils.fakebus import FakeBus
 from agentvoicebox.config.errors import BadInput
 from agentvoicebox.plugins.device import local, wire
 from agentvoicebox.plugins.device.language import TenantLanguage
+from agentvoicebox.plugins.device.requests import Listening
 from agentvoicebox.plugins.stt import TenantSTT
 
 CHUNK = 2_048
@@ -170,6 +171,28 @@ def test_the_device_hears_when_the_platform_has_a_problem(make: Any, link: Any, 
     assert speak(make(link), sound(MIC)) == [(f"local {MIC}", 1.0)]
     until(lambda: platform.reports)
     assert platform.reports[0]["reason"] == "quota_exceeded"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nobody_waits_for_a_platform_that_only_works(
+    whole: bool, make: Any, link: Any, platform: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+):
+    waits: list[float] = []
+    result = Listening.result
+
+    def wait(listening: Listening, timeout: float) -> wire.Transcript:
+        waits.append(timeout)
+        return result(listening, timeout)
+
+    monkeypatch.setattr(Listening, "result", wait)
+    platform.hear = None  # no transcript ever comes, but for signs of work
+    ear = make(link, patience=0.5)
+    assert (ear.transcribe(sound(MIC), "en-US") if whole else speak(ear, sound(MIC))) == [(f"local {MIC}", 1.0)]
+    assert waits == [0.75 if whole else 0.5], "of whole audio, which comes at once, a quarter of its length more"
+    until(lambda: platform.reports)
+    assert platform.reports[0]["reason"] == "platform_late"
+    platform.hear = lambda pcm, language: levels(pcm)
+    assert speak(ear, sound(MIC)) == [(str(MIC), 0.9)], "the next one is the platform's again"
 
 
 def test_without_a_platform_the_device_hears(make: Any):

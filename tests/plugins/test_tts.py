@@ -7,10 +7,12 @@ import errno
 import gc
 import io
 import os
+import tempfile
 import threading
 import wave
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from queue import Queue
 from types import SimpleNamespace
@@ -220,15 +222,25 @@ def test_a_file_of_what_the_device_says(when: str, make: Any, link: Any, platfor
     )  # fmt: skip
 
 
-def test_a_platform_that_never_begins_to_speak(
-    make: Any, link: Any, platform: Any, tmp_path: Path, until: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_platform_that_is_at_work_and_comes_to_nothing(
+    begun: bool, make: Any, link: Any, platform: Any, tmp_path: Path, until: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "PATIENCE", 0.05)
-    platform.say = None  # no part ever comes, but for signs of work
-    path, _ = make(link).get_tts("Hello there.", str(tmp_path / "a.wav"))
-    assert heard(path) == [LOCAL]
-    until(lambda: platform.reports)
-    assert platform.reports[0]["reason"] == "platform_late"
+    def say(text: str) -> Iterator[Any]:
+        yield sound(100), RATE
+        yield from repeat(None)
+
+    platform.say = say if begun else None  # nothing more ever comes, but for signs of work
+    voice = make(link, patience=0.5)
+    for text in ("Hello there.", "And good morning."):
+        path, _ = voice.get_tts(text, str(tmp_path / "a.wav"))
+        assert heard(path) == [LOCAL]
+    assert len(platform.said) == 1, "nobody waits for each sentence of a reply"
+    until(lambda: len(platform.reports) == 2)
+    assert {told["reason"] for told in platform.reports} == {"platform_late"}
+    platform.say = lambda text: iter([(sound(100), RATE)])
+    monkeypatch.setattr(voice, "_late_until", 0.0)
+    assert heard(voice.get_tts("Hello there.", str(tmp_path / "b.wav"))[0]) == [100], "it has its turn again"
 
 
 @pytest.mark.parametrize("text", ["", " ", "…!"])
@@ -422,6 +434,48 @@ def test_only_so_many_sentences_are_kept(make: Any, link: Any, tmp_path: Path, m
     files = list((tmp_path / "tts").rglob("*.wav"))
     assert 5 <= len(files) <= 5 + module._TIDY
     assert heard(str(voice.synth("Sentence 0.")[0])) == [100, 101], "what was deleted is made again"
+
+
+def test_what_is_known_of_old_sentences_does_not_grow(make: Any, link: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "KEPT", 5)
+    voice = make(link)
+    for number in range(20):
+        voice.synth(f"Sentence {number}.")
+    [cache] = TTSContext._caches.values()
+    assert len(cache.cached_sentences) == 5
+
+
+def test_what_was_said_during_a_change_is_not_kept(make: Any, link: Any, platform: Any, until: Any):
+    voice = make(link)
+    before = platform.choices
+
+    def say(text: str) -> Iterator[Any]:
+        platform._loop.create_task(change())
+        while link.choices != platform.choices:
+            yield None
+        yield sound(100), RATE
+
+    async def change() -> None:
+        platform.choices = replace(before, voice="bf_emma")
+        said = wire.encode(wire.Configured(platform.choices.etag, platform.choices.as_dict()))
+        for socket in platform._sockets:
+            await socket.send(said)
+
+    platform.say = say
+    voice.synth("Good morning.")
+    assert link.choices.voice == "bf_emma"
+    platform.configure(before)
+    until(lambda: link.choices == before)
+    platform.say = lambda text: iter([(sound(101), RATE)])
+    assert heard(str(voice.synth("Good morning.")[0])) == [101], "nobody knows in which voice the first one was said"
+
+
+def test_what_one_tenant_has_to_say_is_not_told_to_the_next(make: Any, link: Any, platform: Any):
+    voice = make(link)
+    context = voice._get_ctxt()
+    link.welcome = replace(link.welcome, tenant_id="another")
+    assert heard(str(voice.synth("Good morning.", context)[0])) == [LOCAL]
+    assert not platform.said
 
 
 def test_it_may_be_told_to_keep_nothing(make: Any, link: Any, platform: Any):
@@ -641,6 +695,19 @@ def test_a_full_disk_is_survived(
     assert len(platform.said) == 2, "kept again as soon as there is a place"
 
 
+def test_the_device_speaks_from_a_full_disk(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = tempfile.TemporaryDirectory
+
+    def full(dir: str | None = None, **how: Any) -> Any:
+        if dir is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return made(dir=dir, **how)
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    path, _ = make().get_tts("Good morning.", str(tmp_path / "a.wav"))
+    assert heard(path) == [LOCAL]
+
+
 def test_a_text_of_nothing_begins_and_ends(
     make: Any, link: Any, platform: Any, audio: Audio, keeping: dict[str, Any], until: Any
 ):
@@ -676,6 +743,33 @@ def test_transformers_of_files_have_their_files(
     assert not stage.Stage.fits(playback)
     playback.tts_transform.loaded_plugins.clear()
     assert stage.Stage.fits(playback)
+
+
+def test_a_long_sentence_that_breaks_off_is_played_to_its_end(tmp_path: Path, keeping: dict[str, Any]):
+    sentence = stage.Sentence()
+    sentence.add(sound(100), RATE)
+    sentence.add(sound(101), RATE)
+    sentence.again(1)
+    sentence.add(sound(LOCAL), RATE)
+    sentence.end()
+    playing = threading.Thread(target=sentence.play, args=(player.find(keeping["player"]),), daemon=True)
+    (tmp_path / "played").mkdir()
+    playing.start()
+    playing.join(20)
+    assert not playing.is_alive()
+    [path] = (tmp_path / "played").glob("*.raw")
+    assert level(path.read_bytes()) == [100, LOCAL]
+
+
+def test_a_player_that_fails_plays_no_file_after_a_stop(make: Any, link: Any, platform: Any, audio: Audio, until: Any):
+    platform.say = lambda text: chain([(sound(100, 5.0), RATE)], repeat(None))
+    audio.use(make(link, enable_streaming=True, player="false"))
+    audio.speak("Good morning.", listen=True)
+    until(lambda: "recognizer_loop:utterance_start" in audio.kinds())
+    audio.bus.emit(Message("mycroft.stop"))
+    until(lambda: END in audio.kinds())
+    assert not audio.files
+    assert LISTEN not in audio.kinds()
 
 
 def test_nobody_hears_out_half_a_sentence(monkeypatch: pytest.MonkeyPatch, until: Any):

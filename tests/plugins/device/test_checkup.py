@@ -26,17 +26,28 @@ def test_a_clock_that_is_wrong_is_said_with_by_how_much(wrong: float, state: str
     assert said in finding.detail
 
 
-def pipeline(*stages: str) -> checkup.Finding:
-    [finding] = checkup._pipeline({"intents": {"pipeline": list(stages)}})
-    return finding
+def pipeline(*stages: str, **more: Any) -> dict[str, checkup.Finding]:
+    return {each.what: each for each in checkup._pipeline({"intents": {"pipeline": list(stages)}, **more})}
 
 
 def test_stages_whose_plugin_is_not_installed_are_named() -> None:
-    assert pipeline("stop_high", "converse", "adapt_high", "agentvoicebox-persona", "fallback_low").state == "ok"
-    assert pipeline("ovos-adapt-pipeline-plugin-high", "agentvoicebox-intents-medium").state == "ok"
-    finding = pipeline("adapt_high", "ovos-nobody-pipeline-plugin-low", "nobody_high")
+    stages = ("stop_high", "converse", "agentvoicebox-intents-high", "adapt_high", "agentvoicebox-persona")
+    assert pipeline(*stages, "fallback_low") == {"pipeline": checkup.Finding("pipeline", "ok", "6 stages")}
+    assert pipeline("ovos-adapt-pipeline-plugin-high", "agentvoicebox-intents-medium")["pipeline"].state == "ok"
+    finding = pipeline("adapt_high", "ovos-nobody-pipeline-plugin-low", "nobody_high")["pipeline"]
     assert finding.state == "warn"
     assert "ovos-nobody-pipeline-plugin-low, nobody_high" in finding.detail
+
+
+def test_skills_that_nothing_reads_the_intents_of_are_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"agentvoicebox": {"url": "https://voice.example.com"}}
+    monkeypatch.setattr(checkup.mycroft, "installed_stages", lambda: {"ovos-adapt-pipeline-plugin"})
+    finding = pipeline("padatious_high", "adapt_high", **ours)["intent files"]
+    assert (finding.state, finding.remedy) == ("warn", "avb device init --url https://voice.example.com")
+    assert "agentvoicebox-intents-high" in pipeline("adapt_high", **ours)["intent files"].remedy
+    installed = {"ovos-adapt-pipeline-plugin", "ovos-padatious-pipeline-plugin"}
+    monkeypatch.setattr(checkup.mycroft, "installed_stages", lambda: installed)
+    assert "intent files" not in pipeline("padatious_high", "adapt_high", **ours)
 
 
 def sound(**configuration: Any) -> dict[str, checkup.Finding]:

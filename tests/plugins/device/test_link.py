@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,27 @@ def test_a_key_that_changes_takes_its_tenants_choices_with_it(
     platform.stop()
     platform.start()
     until(lambda: heard[-1] == Choices())
+
+
+def test_a_device_that_is_paired_anew_belongs_to_its_new_tenant_without_a_restart(
+    link: Link, platform: Any, until: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "LOOK", 0.01)
+    link.close()
+    link = Link(link.section, "listener")
+    try:
+        until(lambda: link.state is State.UP)
+        tried = len(platform.requests)
+        (tmp_path / "device.key").touch()
+        (tmp_path / "device.key").write_text("")
+        time.sleep(0.1)
+        assert link.state is State.UP, "a file that is being written is no other key"
+        (tmp_path / "device.key").write_text("avb_" + "o" * 43)
+        until(lambda: len(platform.requests) > tried and link.state is State.UP)
+        assert platform.requests[-1].headers["Authorization"] == "Bearer avb_" + "o" * 43
+        assert len(platform.requests) == tried + 1
+    finally:
+        link.close()
 
 
 def test_nonsense_for_choices_is_passed_over(link: Link, platform: Any, lines: list[str]) -> None:

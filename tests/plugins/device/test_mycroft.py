@@ -22,6 +22,16 @@ STOCK = [
 ]
 """What stock OVOS does before the fallbacks that answer anything."""
 
+PADATIOUS = "ovos-padatious-pipeline-plugin"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The pipeline plugins of the machine: with padatious, as from the installer."""
+    found = {*mycroft.installed_stages(), PADATIOUS}
+    monkeypatch.setattr(mycroft, "installed_stages", lambda: found)
+    return found
+
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
@@ -75,6 +85,7 @@ def test_stock_ovos_reads_what_is_written(environ: dict[str, str], file: Path, t
     assert told["tts"]["agentvoicebox-tts"] == {"fallback": "agentvoicebox-tts-flite", "enable_streaming": True}
     assert (told["stt"]["fallback_module"], told["tts"]["fallback_module"]) == ("", "")
     assert told["listener"]["wake_word"] == "agentvoicebox"
+    assert told["listener"]["audio_transformers"]["agentvoicebox-language"] == {}
     assert told["hotwords"]["agentvoicebox"] == {"module": "agentvoicebox-ww", "listen": True, "active": True}
     assert told["intents"]["pipeline"] == [*STOCK, "agentvoicebox-persona", "fallback_low"]
     found = section.read(told)
@@ -91,7 +102,7 @@ def test_what_stock_ovos_says_already_is_not_written(environ: dict[str, str], fi
     told = json.loads(file.read_text())
     assert set(told) == {"agentvoicebox", "stt", "tts", "listener", "hotwords", "intents"}
     assert set(told["stt"]) == {"module", "agentvoicebox-stt"}
-    assert set(told["listener"]) == {"wake_word"}
+    assert set(told["listener"]) == {"wake_word", "audio_transformers"}
     assert set(told["intents"]) == {"pipeline"}
 
 
@@ -168,6 +179,47 @@ def test_a_pipeline_that_has_the_persona_somewhere_stays_as_it_is(
     file.write_text(json.dumps({"intents": {"pipeline": ["agentvoicebox-persona", "fallback_low"]}}))
     write(file, environ, lines(tmp_path))
     assert json.loads(file.read_text())["intents"]["pipeline"] == ["agentvoicebox-persona", "fallback_low"]
+
+
+def test_intent_files_are_read_where_nobody_could_compile_padatious(
+    environ: dict[str, str], file: Path, tmp_path: Path, installed: set[str]
+) -> None:
+    installed.remove(PADATIOUS)
+    write(file, environ, lines(tmp_path))
+    intents = json.loads(file.read_text())["intents"]
+    at = STOCK.index("adapt_medium")
+    expected = [*STOCK[:at], "agentvoicebox-intents-medium", *STOCK[at:], "agentvoicebox-persona", "fallback_low"]
+    assert intents["pipeline"] == [each.replace("padatious_", "agentvoicebox-intents-") for each in expected]
+    assert mycroft.reads_intents(intents["pipeline"], installed)
+    assert mycroft.plan(lines(tmp_path), file, environ) == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (
+            ["ovos-padatious-pipeline-plugin-high", "padatious_medium", "padatious_low"],
+            ["agentvoicebox-intents-high", "agentvoicebox-intents-medium", "agentvoicebox-intents-low"],
+        ),
+        (["padatious_high"], ["agentvoicebox-intents-high", "agentvoicebox-intents-medium"]),
+        (["padatious_high", "ovos-padacioso-pipeline-plugin-high"], None),
+        (["adapt_high", "fallback_low"], None),
+    ],
+)
+def test_only_what_would_be_passed_over_is_replaced(
+    stages: list[str], expected: list[str] | None, installed: set[str]
+) -> None:
+    assert mycroft.with_intents(stages, installed) == stages
+    assert mycroft.with_intents(stages, installed - {PADATIOUS}) == (expected or stages)
+
+
+def test_a_transformer_that_somebody_has_switched_off_stays_off(
+    environ: dict[str, str], file: Path, tmp_path: Path
+) -> None:
+    theirs = {"agentvoicebox-language": {"active": False}, "another": {}}
+    file.write_text(json.dumps({"listener": {"audio_transformers": theirs}}))
+    write(file, environ, lines(tmp_path))
+    assert json.loads(file.read_text())["listener"]["audio_transformers"] == theirs
 
 
 def test_the_pipeline_of_the_system_is_the_one_that_is_extended(

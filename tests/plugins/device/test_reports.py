@@ -139,12 +139,25 @@ async def test_what_cannot_be_told_soon_is_put_on_disk(
     assert len(store.events) == 3
 
 
+def test_a_year_without_a_platform_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "MOST", 10)
+    monkeypatch.setattr(reports, "_UNTIDY", 20)
+    outbox = Outbox(tmp_path / "r.jsonl")
+    for _ in range(50):
+        add(outbox, 5)
+        outbox.keep()
+        assert len((tmp_path / "r.jsonl").read_text().splitlines()) <= 35
+    assert len(outbox._on_disk) <= 35
+    outbox.close()
+
+
 async def test_a_new_process_tells_what_the_old_one_could_not(tmp_path: Path, store: Store) -> None:
     old = Outbox(tmp_path / "r.jsonl")
     add(old, 5)
     old.close()
     with (tmp_path / "r.jsonl").open("a") as file:
-        file.write('nonsense\n{"id": 1}\n[]\n\0\0\0\n{"id": "half')
+        far = {"id": "f" * 32, "kind": "stt", "boot": "b", "wall": 10**400, "up": 0}
+        file.write(json.dumps(far) + '\nnonsense\n{"id": 1}\n[]\n\0\0\0\n{"id": "half')
     new = Outbox(tmp_path / "r.jsonl")
     add(new, 1)
     async with telling(new, store):
