@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ def create(
     app.state.readiness = health.Readiness({"db": ask_store, **(checks or {})})
     app.state.resolver = resolver or domains.NoResolver()
     app.state.limiter = limiter
+    app.state.strangers = asyncio.Semaphore(devices.STRANGERS)
     app.state.gateway = None
     app.state.ledger = ledger
     app.state.engines = engines

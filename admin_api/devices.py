@@ -6,7 +6,10 @@ key is good from then on: its secret has never left the device.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Annotated
 
@@ -21,6 +24,7 @@ from agentvoicebox.admin_api.keys import check_scopes
 from agentvoicebox.admin_api.listings import Listing, Paged, View, listing
 from agentvoicebox.admin_api.schemas import Body
 from agentvoicebox.admin_api.stores import Store
+from agentvoicebox.config.errors import Unavailable
 from agentvoicebox.tenancy import devices, pairings
 from agentvoicebox.tenancy.keys import Scope
 from agentvoicebox.tenancy.limits import CLAIMS, LOOKS, PAIRINGS
@@ -35,6 +39,11 @@ _ONE = _PATH + "/{device_id:uuid}"
 
 INTERVAL = 5
 """Seconds after which a device asks again whether its code was entered."""
+
+STRANGERS = 2
+"""Devices without a key that are at the store at once: those with one are looked up over the same few connections."""
+PATIENCE = 5.0
+"""Seconds for which the others wait."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=100)]
 
@@ -126,14 +135,16 @@ class Event(View):
 async def begin_pairing(request: Request, visit: Visiting, store: Store) -> Pairing:
     """Get a code for a device that has made its key; good for ten minutes, once."""
     wanted = await schemas.read(request, NewPairing)
-    made = await pairings.begin(store, wanted.key_digest, wanted.name, visit.ip or "", key_prefix=wanted.key_prefix)
+    async with _turn(request):
+        made = await pairings.begin(store, wanted.key_digest, wanted.name, visit.ip or "", key_prefix=wanted.key_prefix)
     return Pairing(id=made.id, code=made.code, expires_at=made.expires_at, interval=INTERVAL)
 
 
 @router.get(_PAIRINGS + "/{pairing_id:uuid}", dependencies=auth.public("looks", LOOKS))
-async def read_pairing(store: Store, pairing_id: uuid.UUID) -> Standing:
+async def read_pairing(request: Request, store: Store, pairing_id: uuid.UUID) -> Standing:
     """What has become of a code, for the device that shows it."""
-    found = await pairings.look(store, pairing_id)
+    async with _turn(request):
+        found = await pairings.look(store, pairing_id)
     return Standing(state=found.state, tenant=found.tenant_name)
 
 
@@ -186,3 +197,18 @@ async def list_device_events(
     """What a device told in the last 90 days, the latest first; nothing of what was said to it."""
     found = await devices.events(store, visit.tenant_id, device_id, paging.page, paging.size, kind=kind)
     return listing(Event.model_validate, found)
+
+
+@asynccontextmanager
+async def _turn(request: Request) -> AsyncIterator[None]:
+    """While a device without a key is served. Raises `Unavailable` (`busy`) where too many wait."""
+    few: asyncio.Semaphore = request.app.state.strangers
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await few.acquire()
+    except TimeoutError as error:
+        raise Unavailable("Too many devices wait to be paired here: try again in some seconds.", code="busy") from error
+    try:
+        yield
+    finally:
+        few.release()

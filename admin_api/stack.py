@@ -191,6 +191,8 @@ class Stack:
             self.database, self._keys, chats, self._solvers, self._ledger, settings, spent=self._books.count
         )
         self._exit.push_async_callback(self._answers.close)
+        loading = asyncio.create_task(chats.load(self._answers.platform_providers))
+        self._exit.push_async_callback(_cancelled, loading)
 
     async def _load_engines(self) -> None:
         settings = self.settings

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +63,11 @@ CLOCK = Clock()
 PATIENCE = 10.0
 """Seconds that clients have to leave when the node stops."""
 
+COMING = 16
+"""Devices that are let in at once: after a restart all of them come. A node that is busy with thousands at a time hears
+too late what has changed, and has to look up every key twice."""
+OPENING = 4.0
+"""Seconds for which the others wait: a device hangs up soon after, and is let in for nothing then."""
 RESTARTING = 1012
 NO_SESSION = 4004
 IN_USE = 4009
@@ -125,6 +130,7 @@ class Gateway:
     devices: Devices = field(init=False)
     uses: Counter[tuple[uuid.UUID, uuid.UUID]] = field(default_factory=Counter)
     """Sessions that personas have begun, by tenant and persona, for whoever writes that down."""
+    _coming: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(COMING))
     _connected: set[uuid.UUID] = field(default_factory=set)
     """Sessions with a connection."""
     _ending: set[uuid.UUID] = field(default_factory=set)
@@ -155,10 +161,12 @@ class Gateway:
         try:
             if self._closing:
                 raise Unavailable("The node is restarting; connect again in a few seconds.")
-            credential, grant = await self.door.admit(scope)
+            device = scope["path"].rstrip("/") == wire.PATH
+            async with self._turn() if device else nullcontext():
+                credential, grant = await self.door.admit(scope)
             if realtime:
                 await self._serve_realtime(scope, receive, send, credential, grant)
-            elif scope["path"].rstrip("/") == wire.PATH:
+            elif device:
                 await self._serve_device(scope, receive, send, credential, grant)
             elif native := NATIVE.match(scope["path"]):
                 await self._serve_native(native.group(1), scope, receive, send, credential, grant)
@@ -308,6 +316,19 @@ class Gateway:
             return ()
         standing = self.door.limiter.decide(("key", grant.key_id), rate, cost=0)
         return [RateState("requests", standing.limit, standing.remaining, max(0.0, standing.reset - time.time()))]
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """While a device is let in. Raises `Unavailable` when too many come before it."""
+        try:
+            async with asyncio.timeout(OPENING):
+                await self._coming.acquire()
+        except TimeoutError as error:
+            raise Unavailable("All devices come at once; connect again in a few seconds.") from error
+        try:
+            yield
+        finally:
+            self._coming.release()
 
     @asynccontextmanager
     async def _entered(self, grant: Grant, session_id: uuid.UUID) -> AsyncIterator[None]:

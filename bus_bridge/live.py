@@ -28,6 +28,9 @@ EVERY = 5.0
 AGAIN = 1.0
 """Seconds before a credential is checked again that could not be; up to twice that, so that not all ask at once."""
 
+MOVED = 1012
+"""The close code for a device that is to connect again: "service restart", in the registry of RFC 6455."""
+
 UNAUTHORISED = 4001
 SUSPENDED = 4005
 EXPIRED = 4008
@@ -83,6 +86,8 @@ class Live:
         self._visits: dict[uuid.UUID, Visit] = {}
         self._staying = 0
         self._by_key: dict[uuid.UUID, set[Visit]] = {}
+        self._keys: dict[uuid.UUID, set[uuid.UUID]] = {}
+        """Of each tenant, those that are in use here: there may be devices of many."""
         self._checks: set[asyncio.Task[None]] = set()
         self._few = asyncio.Semaphore(2)
         """However many are to be checked, requests find connections to the database too."""
@@ -102,7 +107,9 @@ class Live:
         """The connection is open until the block ends."""
         self._visits[visit.session_id] = visit
         self._staying += visit.stays
-        self._by_key.setdefault(visit.grant.key_id, set()).add(visit)
+        tenant_id, key_id = visit.grant.tenant_id, visit.grant.key_id
+        self._by_key.setdefault(key_id, set()).add(visit)
+        self._keys.setdefault(tenant_id, set()).add(key_id)
         self._arm(visit)
         if self._watch is None:
             self._watch = asyncio.create_task(self._look_after(), name="live")
@@ -113,10 +120,13 @@ class Live:
                 visit.timer.cancel()
             del self._visits[visit.session_id]
             self._staying -= visit.stays
-            mine = self._by_key[visit.grant.key_id]
+            mine = self._by_key[key_id]
             mine.discard(visit)
             if not mine:
-                del self._by_key[visit.grant.key_id]
+                del self._by_key[key_id]
+                self._keys[tenant_id].discard(key_id)
+                if not self._keys[tenant_id]:
+                    del self._keys[tenant_id]
 
     def terminate(self, session_id: uuid.UUID, reason: str) -> bool:
         """End a session that is open on this node, as an administrator wants it; false when it is not here."""
@@ -159,10 +169,8 @@ class Live:
         if key_id is not None:
             self._check_key(key_id)
             return
-        for visits in list(self._by_key.values()):
-            mine = [visit for visit in visits if visit.grant.tenant_id == tenant_id]
-            if mine:
-                self._spawn_check(mine)
+        for each in self._keys.get(tenant_id, ()):
+            self._check_key(each)
 
     def _check_everybody(self) -> None:
         """Something may have changed that nobody told us."""
@@ -181,6 +189,9 @@ class Live:
                 await self.check(visit)
 
     def _renew(self, visit: Visit, grant: Grant) -> None:
+        if visit.stays and grant.project_id != visit.grant.project_id:
+            visit.end(MOVED, "project_changed", "The key is another project's now: connect again.")
+            return
         if grant.expires_at != visit.grant.expires_at:
             visit.grant = grant
             self._arm(visit)

@@ -37,6 +37,8 @@ MOST = 10_000
 """Devices of one tenant; its limit of keys is reached long before, unless it revokes them and keeps the devices."""
 MOST_EVENTS = 1_000
 """Events that are recorded at once."""
+MOST_OF_A_DAY = 20_000
+"""Events of one device that are kept of one day, in UTC; a report that goes beyond is recorded, and then no more."""
 KEPT_DAYS = 90
 """Days for which an event is kept."""
 LONGEST_NAME = 100
@@ -52,13 +54,20 @@ _SEEN = text("now() - interval '1 minute'")
 # Sorted, so that two who record the same events never wait for each other. A device's clock may be wrong by a year;
 # what it kept while it was offline is younger than a month, or as good as that.
 _RECORD = text("""
+WITH told AS (
+    SELECT *, least(greatest(told_at, now() - interval '30 days'), now()) AS at
+    FROM jsonb_to_recordset(CAST(:events AS jsonb)) AS event (
+        id uuid, told_at timestamptz, kind text, phrase text, wake_word_id uuid, outcome text,
+        confidence double precision, engine text, seconds double precision, reason text)
+), days AS (
+    SELECT day FROM (SELECT DISTINCT date_trunc('day', at, 'UTC') AS day FROM told) AS each
+    WHERE (SELECT count(*) FROM device_events AS known WHERE known.tenant_id = :tenant AND known.device_id = :device
+        AND known.at >= day AND known.at < day + interval '1 day') < :most
+)
 INSERT INTO device_events
     (tenant_id, device_id, id, at, kind, phrase, wake_word_id, outcome, confidence, engine, seconds, reason)
-SELECT :tenant, :device, id, least(greatest(at, now() - interval '30 days'), now()), kind, phrase, wake_word_id,
-    outcome, confidence, engine, seconds, reason
-FROM jsonb_to_recordset(CAST(:events AS jsonb)) AS event (
-    id uuid, at timestamptz, kind text, phrase text, wake_word_id uuid, outcome text, confidence double precision,
-    engine text, seconds double precision, reason text)
+SELECT :tenant, :device, id, at, kind, phrase, wake_word_id, outcome, confidence, engine, seconds, reason
+FROM told WHERE date_trunc('day', at, 'UTC') IN (SELECT day FROM days)
 ORDER BY id
 ON CONFLICT (tenant_id, id) DO NOTHING
 """)
@@ -133,7 +142,7 @@ class DeviceEvent:
     def _columns(self) -> dict[str, Any]:
         return {
             "id": str(self.id),
-            "at": self.at.isoformat(),
+            "told_at": self.at.isoformat(),
             "kind": str(self.kind),
             "phrase": self.phrase,
             "wake_word_id": None if self.wake_word_id is None else str(self.wake_word_id),
@@ -264,6 +273,7 @@ async def remove(
 async def record(database: Database, tenant_id: uuid.UUID, device_id: uuid.UUID, events: Sequence[DeviceEvent]) -> int:
     """Write down what a device tells of, at most 1000 events, all or none; returns how many were new.
 
+    Of a day of which it has told some 20,000 already nothing more is kept: no device wakes that often.
     Raises `BadInput` for more, `NotFound`.
     """
     if len(events) > MOST_EVENTS:
@@ -273,7 +283,7 @@ async def record(database: Database, tenant_id: uuid.UUID, device_id: uuid.UUID,
     told = json.dumps([event._columns() for event in events])
     async with database.tenant(tenant_id) as session:
         _known(await session.get(Device, (tenant_id, device_id)))
-        given = {"tenant": tenant_id, "device": device_id, "events": told}
+        given = {"tenant": tenant_id, "device": device_id, "events": told, "most": MOST_OF_A_DAY}
         return _count(await session.execute(_RECORD, given))
 
 

@@ -17,7 +17,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 from sqlalchemy import extract, func, select, text
 
-from agentvoicebox.config.errors import AvbError, Forbidden, NotFound, Refused
+from agentvoicebox.config.errors import AvbError, Forbidden, NotFound, Refused, Unavailable
 from agentvoicebox.tenancy import keys
 from agentvoicebox.tenancy.changes import Change, Feed
 from agentvoicebox.tenancy.database import Database
@@ -43,6 +43,10 @@ _SHUT = 1.0
 """Seconds for which it is remembered that a key's tenant is not active, unless that changes ..."""
 _OFTEN = 5
 """... once the key has been asked for so many times."""
+_AT_ONCE = 3
+"""Look-ups under way, of the five connections that the system has; after a restart all devices' keys are asked for."""
+_QUEUE = 10.0
+"""Seconds for which one waits for its turn."""
 _JOIN = 0.3
 """Seconds for which a look-up under way answers others who ask for the same key."""
 
@@ -134,12 +138,12 @@ class _Held:
 
 @dataclass(slots=True)
 class _Reading:
-    """A look-up under way."""
+    """A look-up under way, or one that waits for its turn and will find what is true then."""
 
-    begun: float
-    changes: int
-    """How many the feed had told when it began."""
     task: asyncio.Task[_Held]
+    begun: float | None = None
+    changes: int = 0
+    """How many the feed had told when it began."""
 
 
 @dataclass(slots=True)
@@ -179,6 +183,7 @@ class Keyring:
         self._tenants: dict[uuid.UUID, dict[uuid.UUID, bytes]] = {}
         """The digests held, by tenant and key."""
         self._reading: dict[bytes, _Reading] = {}
+        self._few = asyncio.Semaphore(_AT_ONCE)
         self._changes = 0
         self._revoked: list[Callable[[uuid.UUID], None]] = []
         self._changed: list[Callable[[uuid.UUID, uuid.UUID | None], None]] = []
@@ -248,8 +253,10 @@ class Keyring:
     async def _read_once(self, digest: bytes, now: float) -> _Held:
         """Ask the database, or wait with those who have just asked it for the same key."""
         reading = self._reading.get(digest)
-        if reading is None or reading.changes != self._changes or now - reading.begun > _JOIN:
-            reading = _Reading(now, self._changes, asyncio.create_task(self._read(digest), name="key look-up"))
+        begun = None if reading is None else reading.begun
+        late = begun is not None and now - begun > _JOIN
+        if reading is None or late or (begun is not None and reading.changes != self._changes):
+            reading = _Reading(asyncio.create_task(self._read_in_turn(digest), name="key look-up"))
             self._reading[digest] = reading
             reading.task.add_done_callback(functools.partial(self._done_reading, digest))
         try:
@@ -264,8 +271,20 @@ class Keyring:
         if not task.cancelled():
             task.exception()  # whoever waited may be gone
 
-    async def _read(self, digest: bytes) -> _Held:
+    async def _read_in_turn(self, digest: bytes) -> _Held:
+        try:
+            async with asyncio.timeout(_QUEUE):
+                await self._few.acquire()
+        except TimeoutError as error:
+            raise Unavailable("Too many keys are asked for at once; try again in a few seconds.") from error
+        try:
+            return await self._read(digest, self._reading[digest])
+        finally:
+            self._few.release()
+
+    async def _read(self, digest: bytes, reading: _Reading) -> _Held:
         changes, asked_at = self._changes, self._clock()
+        reading.begun, reading.changes = asked_at, changes
         async with self._database.system() as session:
             found = (
                 await session.execute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import BadInput, NotFound
 from agentvoicebox.tenancy import audit, models
-from agentvoicebox.tenancy.checks import number, public_url, shaped, words, yes_or_no
+from agentvoicebox.tenancy.checks import number, public_url, real, shaped, words, yes_or_no
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import Action
 
@@ -175,10 +174,7 @@ async def store(session: AsyncSession, tenant_id: uuid.UUID, config: VoiceConfig
 
 def check_speed(speed: object) -> None:
     """Raise `BadInput` unless a voice can speak at that many times its own speed."""
-    if isinstance(speed, bool) or not isinstance(speed, int | float) or not math.isfinite(speed):
-        raise BadInput("speed must be a number.", param="speed")
-    if not 0.5 <= speed <= 2.0:
-        raise BadInput("speed must be 0.5 to 2.0.", param="speed")
+    real(speed, "speed", 0.5, 2.0)
 
 
 async def _read(session: AsyncSession, *, lock: bool = False) -> VoiceConfig | None:

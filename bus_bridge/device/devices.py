@@ -139,6 +139,9 @@ class Devices:
                     Station(grant.tenant_id, device.id, grant.project_id, talk, manner)
                 )
                 talk.on_switch = partial(self._switched, home, place)
+            elif place.station.project_id != grant.project_id:  # the key has been moved; the other sockets know soon
+                place.station.project_id = talk.project_id = grant.project_id
+                self._configure(place, manner)
             self._make_room(place, socket)
             place.sockets.append(socket)
             socket.station = place.station

@@ -10,6 +10,9 @@ from agentvoicebox.plugins.device import wire
 MOST_REQUESTS = 8
 """Requests of one socket that are worked on at once."""
 
+MOST_LISTENING = 3
+"""Requests to listen among them: each keeps what it has heard until it is answered."""
+
 LONGEST_AUDIO = 60.0
 """Seconds of audio of one request, however fast they come."""
 
@@ -20,6 +23,7 @@ POLICY = 1008
 """The close code of RFC 6455 for whoever does not keep to the protocol."""
 
 _DEAF = -1
+_FULL = -2
 
 _REQUESTS = (wire.Listen, wire.Speak, wire.Ask, wire.About, wire.Choose, wire.Report)
 
@@ -59,7 +63,8 @@ class Protocol:
         self._garbled = 0
         self._highest = 0
         self._open: dict[int, int] = {}
-        """Open requests, and how many bytes of audio each may still send; `_DEAF` for those that hear nothing."""
+        """Open requests, and how many bytes of audio each may still send; `_DEAF` for those that hear nothing, `_FULL`
+        for those that have heard all."""
 
     def receive(self, frame: str | bytes) -> list[Meaning]:
         """What a frame means, in order."""
@@ -100,10 +105,15 @@ class Protocol:
         if asked.id == 0 or asked.id in self._open:
             raise wire.Garbled("the number of a request is 1 or greater, and of no other open one")
         self._highest = max(self._highest, asked.id)
-        if len(self._open) >= MOST_REQUESTS:
-            message = f"{MOST_REQUESTS} requests are being worked on; ask again when one of them is answered."
+        listens = isinstance(asked, wire.Listen)
+        listening = sum(left != _DEAF for left in self._open.values())
+        if len(self._open) >= MOST_REQUESTS or (listens and listening >= MOST_LISTENING):
+            message = (
+                f"{MOST_REQUESTS} requests are worked on at once, {MOST_LISTENING} of them to listen; ask again when "
+                "one is answered."
+            )
             return [wire.Problem(asked.id, "too_many_requests", message)]
-        self._open[asked.id] = int(LONGEST_AUDIO * BYTES_PER_SECOND) if isinstance(asked, wire.Listen) else _DEAF
+        self._open[asked.id] = int(LONGEST_AUDIO * BYTES_PER_SECOND) if listens else _DEAF
         return [asked]
 
     def _ended(self, said: wire.Finish | wire.Cancel, number: int) -> list[Meaning]:
@@ -111,8 +121,8 @@ class Protocol:
             return self._late(number)
         if isinstance(said, wire.Cancel):
             del self._open[number]
-        else:
-            self._open[number] = _DEAF
+        elif self._open[number] != _DEAF:
+            self._open[number] = _FULL
         return [said]
 
     def _heard(self, number: int, pcm: bytes) -> list[Meaning]:
@@ -121,7 +131,7 @@ class Protocol:
         left = self._open.get(number)
         if left is None:
             return self._late(number)
-        if left == _DEAF:
+        if left < 0:
             raise wire.Garbled("audio is for a request to listen that is not finished")
         if len(pcm) <= left:
             self._open[number] = left - len(pcm)

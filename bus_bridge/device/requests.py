@@ -12,7 +12,7 @@ import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Protocol
 
@@ -35,6 +35,7 @@ from agentvoicebox.plugins.device import wire
 from agentvoicebox.plugins.pool import Transcript
 from agentvoicebox.tenancy import devices
 from agentvoicebox.tenancy.database import Database
+from agentvoicebox.tenancy.limits import Budget
 from agentvoicebox.tenancy.metering import Ledger, Usage
 from agentvoicebox.tenancy.models import Metric, Persona
 
@@ -50,6 +51,9 @@ CHUNK = 0.1
 
 ENOUGH = 1024 * 1024
 """Bytes that wait for a device before its engine waits too."""
+
+PACE = (10.0, 100.0)
+"""Questions a second, and at once, with which one device may go to the store; whoever has more waits."""
 
 SILENT = 30.0
 """Seconds after which a device that sends neither audio nor the end of it is not waited for any longer."""
@@ -102,6 +106,7 @@ class Station:
     project_id: uuid.UUID | None
     talk: Talk
     manner: Manner
+    pace: Budget = field(default_factory=lambda: Budget(*PACE))
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=False):
@@ -127,6 +132,8 @@ class Work:
         """Do what is asked, and tell the end of it: also when it goes wrong."""
         try:
             async with asyncio.timeout(PATIENCE[type(asked)]):
+                if isinstance(asked, wire.About | wire.Choose | wire.Report):
+                    await asyncio.sleep(self.station.pace.spend(asyncio.get_running_loop().time()))
                 match asked:
                     case wire.Speak():
                         await self._speak(asked)

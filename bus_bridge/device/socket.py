@@ -27,11 +27,16 @@ log = logging.getLogger(__name__)
 GREETING = 5.0
 """Seconds in which a device must have said who it is."""
 
-WELCOME = 30.0
-"""Seconds in which the node must know: after a restart all devices come at once."""
+WELCOME = 10.0
+"""Seconds in which the node must know. After a restart all devices come at once, and none waits longer: it comes again
+later, and whoever is found for one that has gone keeps those waiting that have not.
+"""
 
 AGAIN = 1013
 """The close code for those who are to come again later."""
+
+_LARGE = 8_192
+"""Characters of a text frame that count as one more message: reading one takes the node as long as it is."""
 
 _LEAST = 640
 """Bytes that a frame of audio counts for at least: 20 ms."""
@@ -170,7 +175,7 @@ class Socket:
         """Seconds to rest after that frame."""
         if isinstance(frame, bytes):
             return self._audio.spend(self._heard_at, max(len(frame), _LEAST))
-        return self._messages.spend(self._heard_at)
+        return self._messages.spend(self._heard_at, 1 + len(frame) // _LARGE)
 
     async def _rest(self, seconds: float) -> None:
         """Read no more for a while from a device that sends too much, so that it has to wait too; nothing is lost."""

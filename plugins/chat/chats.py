@@ -10,8 +10,8 @@ import logging
 import random
 import ssl
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Final, Protocol, TypeVar
@@ -255,6 +255,12 @@ class Chats:
     def metrics(self) -> list[ChatMetrics]:
         """What was asked, by provider and model."""
         return self._metrics.all()
+
+    async def load(self, providers: Iterable[str]) -> None:
+        """Load what these providers need: at the first question, everything beside it would wait for up to a second."""
+        for provider in providers:
+            with suppress(ImportError):  # which whoever asks it is told
+                await asyncio.to_thread(_load, provider)
 
     async def close(self) -> None:
         """Close all connections. Answers on their way fail."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,91 +198,38 @@ async def client(new_client: NewClient) -> Client:
     return await new_client("admin")
 
 
-class LanguageModel:
-    """A provider of the tests' own on a real socket: it speaks OpenAI's streaming protocol and always says the same."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        """What it was asked, and with which keys."""
-        self.keys: list[str] = []
-        self.status = 200
-
-    def fails(self, status: int) -> None:
-        """Refuse everything from now on."""
-        self.status = status
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer (ASGI)."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        self.asked.append(json.loads(body))
-        self.keys += [value.decode() for name, value in scope["headers"] if name == b"authorization"]
-        kind = b"text/event-stream" if self.status == 200 else b"application/json"
-        await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", kind)]})
-        await send({"type": "http.response.body", "body": self._said()})
-
-    def _said(self) -> bytes:
-        if self.status != 200:
-            return b'{"error": {"message": "no"}}'
-        common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-        deltas: list[tuple[dict[str, str], str | None]] = [
-            ({"content": "Hello"}, None),
-            ({"content": " there."}, None),
-            ({}, "stop"),
-        ]
-        events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": end}]} for delta, end in deltas]
-        events.append({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}})
-        lines = [f"data: {json.dumps(common | event)}\n\n" for event in events]
-        return "".join([*lines, "data: [DONE]\n\n"]).encode()
-
-
 @dataclass(frozen=True)
 class Speaking:
     """The offline engines, and a language model."""
 
     engines: Engines
-    model: LanguageModel
-
-
-@asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[str]:
-    """Serve `app` on a port of its own."""
-    socket_ = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
-    serving_ = asyncio.create_task(server._serve([socket_]))
-    while not server.started:
-        await asyncio.sleep(0.005)
-    host, port = socket_.getsockname()
-    try:
-        yield f"http://{host}:{port}"
-    finally:
-        server.should_exit = True
-        await serving_
-        socket_.close()
+    model: Any
+    """A `LanguageModel` of the tests."""
 
 
 @pytest.fixture(scope="session")
-async def offline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Speaking]:
+async def offline(
+    tmp_path_factory: pytest.TempPathFactory, new_language_model: Callable[[], Any]
+) -> AsyncIterator[Speaking]:
     """Flite and pocketsphinx, and the language model, for as long as the tests run."""
-    model = LanguageModel()
+    model = new_language_model()
+    await model.start()
     data = tmp_path_factory.mktemp("offline")
-    async with listening(model) as url:
-        decided = Settings(data=data, models=data, engine="offline", compatible_url=f"{url}/v1", compatible_key="ours")
-        pool = Pool()
-        engines = Engines(pool, models.choose("offline", data), decided)
-        try:
-            await engines.load()
-            yield Speaking(engines, model)
-        finally:
-            pool.close()
+    decided = Settings(data=data, models=data, engine="offline", compatible_url=model.url, compatible_key="ours")
+    pool = Pool()
+    engines = Engines(pool, models.choose("offline", data), decided)
+    try:
+        await engines.load()
+        yield Speaking(engines, model)
+    finally:
+        pool.close()
+        await model.stop()
 
 
 @pytest.fixture
 async def speaking(service: Service, offline: Speaking) -> AsyncIterator[Speaking]:
     """The node has engines and answers while the test runs."""
-    offline.model.status = 200
+    offline.model.says()
     offline.model.asked.clear()
     offline.model.keys.clear()
     chats, solvers = Chats(), Solvers()

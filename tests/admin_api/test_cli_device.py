@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_a_key_goes_into_its_file_and_nowhere_else(avb: Avb, home: Path) -> None
     assert code == 2
     assert "--force" in told
     assert key_file(home).read_text().strip() == key
-    assert avb("init", "--url", NOBODY, "--key", "avb_" + "n" * 43, "--force")[0] == 0
+    code, out, _ = avb("init", "--url", NOBODY, "--key", "avb_" + "n" * 43, "--force")
+    assert code == 0
+    assert f"The key is in {key_file(home)} now." in out
     assert key_file(home).read_text().strip() == "avb_" + "n" * 43
 
 
@@ -110,6 +113,9 @@ def test_a_key_file_of_ones_own_stays_where_it_is(avb: Avb, home: Path, tmp_path
     [
         (["--url", "http://voice.example.com"], "https://"),
         (["--url", "voice.example.com"], "https://"),
+        (["--url", NOBODY + "/api"], "--url: That is no address"),
+        (["--url", NOBODY, "--tenant", "no slug"], "--tenant: "),
+        (["--url", NOBODY, "--ca-file", "{home}/mycroft.yml"], "--ca-file: there are no certificates in"),
         (["--url", NOBODY, "--key", "a key"], "avb_"),
         (["--url", NOBODY, "--config", "{home}/mycroft.yml"], "YAML"),
         (["--url", NOBODY, "--key", "avb_" + "k" * 43, "--config", "{home}/broken.conf"], "line 2"),
@@ -126,7 +132,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(arguments: list[str], said: 
 
 
 def test_it_does_not_leave_a_platform_unasked(avb: Avb, home: Path) -> None:
-    assert avb("init", "--url", NOBODY)[0] == 0
+    assert avb("init", "--url", "http://127.0.0.1:8")[0] == 0
+    assert avb("init", "--url", NOBODY, "--key", "avb_" + "k" * 43)[0] == 0, "without a key it belongs to nobody"
     code, _, told = avb("init", "--url", "http://127.0.0.1:10")
     assert code == 2
     assert NOBODY in told
@@ -167,6 +174,19 @@ def portal() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
+
+
+def test_what_is_shown_fits_a_terminal_and_can_be_copied_from_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = "/" + "a/" * 40 + "mycroft.conf"
+    plain.table(["what", "now"], [["engine", f"{'word ' * 12}--stt-fallback and {path} and so on"]], ["red"])
+    plain.paragraph(f"intents.pipeline: {'stage, ' * 10}agentvoicebox-intents-high, {path}")
+    out = capsys.readouterr().out
+    assert {"--stt-fallback", "agentvoicebox-intents-high,", path} <= set(out.split())
+    assert [line for line in out.splitlines() if len(line) > 80 and line.strip() != path] == []
+    assert "\x1b" not in out
 
 
 # --- pair -------------------------------------------------------------------------------------------------------------
@@ -291,10 +311,20 @@ def test_status_without_the_platform_says_why_and_what_stands_in(avb: Avb, home:
     assert "hey mycroft (0.5)" in out
 
 
+def test_a_platform_that_keeps_silent_is_said_to(avb: Avb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.checkup, "WAIT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        avb("init", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}", "--key", "avb_" + "k" * 43, "--force")
+        told = json.loads(avb("status", "--json")[1])
+    assert (told["platform"], told["reason"][:30]) == ("connecting", "It has not answered within 0.2")
+
+
 def test_an_engine_that_is_not_there_is_named(avb: Avb, home: Path) -> None:
-    avb("init", "--url", NOBODY, "--stt-fallback", "ovos-stt-plugin-none")
-    engines = json.loads(avb("status", "--json")[1])["engines"]
-    assert "ovos-stt-plugin-none is not installed" in engines[0]["problem"]
+    out = avb("init", "--url", NOBODY, "--stt-fallback", "ovos-stt-plugin-none")[1]
+    assert "ovos-stt-plugin-none is not installed here" in out
+    code, out, told = avb("status", "--json")
+    assert "ovos-stt-plugin-none is not installed" in json.loads(out)["engines"][0]["problem"]
+    assert (code, told) == (0, ""), "it is said once"
 
 
 def findings(out: str) -> dict[str, dict[str, str]]:
@@ -401,6 +431,27 @@ sys.exit(main(sys.argv[1:]))
         assert "is not installed: pip" not in done.stderr
         if arguments[0] == "device":
             json.loads(done.stdout)
+
+
+def test_what_a_device_lacks_for_other_commands_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentvoicebox.admin_api.cli import doctor
+
+    def lacking(settings: object) -> Iterator[doctor.Finding]:
+        yield doctor.Finding("uvicorn", "broken", "needed by the node", "pip install 'agentvoicebox[server]'")
+
+    monkeypatch.setattr(doctor, "examine", lacking)
+    assert cli.main(["doctor"]) == 1
+    assert "agentvoicebox[server]" in "".join(capsys.readouterr().out.split())
+
+    def absent(settings: object) -> Iterator[doctor.Finding]:
+        raise ModuleNotFoundError("No module named 'httpx'", name="httpx")
+
+    monkeypatch.setattr(doctor, "examine", absent)
+    assert cli.main(["doctor"]) == 1
+    told = capsys.readouterr().err
+    assert told == "avb doctor needs httpx, which is not installed: pip install 'agentvoicebox[server]'\n"
 
 
 # --- the page about it ------------------------------------------------------------------------------------------------

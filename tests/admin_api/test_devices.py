@@ -19,11 +19,13 @@ import pytest
 from sqlalchemy import text
 from websockets.asyncio.client import connect
 
+from agentvoicebox.admin_api import devices as routes
 from agentvoicebox.bus_bridge import live
 from agentvoicebox.plugins.device import choices, pairing, wire
 from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.tenancy import audit, devices, pairings
 from agentvoicebox.tenancy.devices import DeviceEvent
+from agentvoicebox.tenancy.pairings import State
 
 PAIRINGS = "/api/v2/pairings"
 DEVICES = "/api/v2/devices"
@@ -189,6 +191,37 @@ async def test_a_key_that_is_in_use_is_not_paired(client: Any, http: httpx.Async
     for key in (client.key, (await claimed(client, http))[0].key):
         reply = await http.post(PAIRINGS, json=told(key))
         assert (reply.status_code, reply.json()["error"]) == (409, "key_in_use")
+
+
+async def test_strangers_take_few_connections_to_the_store(
+    service: Any, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+):
+    """Keys are looked up over the same few: whoever comes from many addresses keeps nobody with a key waiting."""
+    there: list[int] = [0]
+    arrived, go = asyncio.Event(), asyncio.Event()
+
+    async def busy(*_: Any, **__: Any) -> pairings.Standing:
+        there.append(there[-1] + 1)
+        arrived.set()
+        await go.wait()
+        there.append(there[-1] - 1)
+        return pairings.Standing(State.WAITING)
+
+    monkeypatch.setattr(pairings, "look", busy)
+    asking = [asyncio.create_task(http.get(f"{PAIRINGS}/{uuid.uuid4()}")) for _ in range(6)]
+    await asyncio.wait_for(arrived.wait(), 10)
+    await asyncio.sleep(0.2)
+    go.set()
+    assert {reply.status_code for reply in await asyncio.gather(*asking)} == {200}
+    assert max(there) == routes.STRANGERS
+    go.clear()
+    monkeypatch.setattr(routes, "PATIENCE", 0.05)
+    asking = [asyncio.create_task(http.get(f"{PAIRINGS}/{uuid.uuid4()}")) for _ in range(routes.STRANGERS + 1)]
+    done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    [late] = done
+    assert (late.result().status_code, late.result().json()["error"]) == (503, "busy")
+    go.set()
+    assert {reply.status_code for reply in await asyncio.gather(*asking)} == {200, 503}
 
 
 async def test_who_does_not_know_the_id_learns_nothing(http: httpx.AsyncClient):

@@ -155,7 +155,7 @@ async def test_who_goes_away_ends_the_answer(client: Any, speaking: Any, service
 
 async def test_how_providers_do_is_told_without_what_others_use(client: Any, operator: Any, speaking: Any):
     await client.http.post(f"{LLM}/test", json={"prompt": "Hello"})
-    speaking.model.fails(401)
+    speaking.model.says(status=401)
     await client.http.post(f"{LLM}/test", json={"prompt": "Hello"})
     told = (await client.http.get(f"{LLM}/metrics")).json()["items"]
     assert [each["provider"] for each in told] == ["openai", "anthropic", "groq", "ollama", "compatible"]
@@ -225,7 +225,7 @@ async def test_llm_05_a_prompt_is_answered_and_metered(client: Any, speaking: An
     assert told["tokens"] == {"input": 7, "output": 3}
     assert told["seconds"] > 0
     assert speaking.model.asked[-1]["messages"][-1] == {"role": "user", "content": "Say hello."}
-    assert speaking.model.keys == ["Bearer ours"]
+    assert speaking.model.keys == ["ours"]
     assert await used(client) == {"llm_input_tokens": 7, "llm_output_tokens": 3}
 
 
@@ -302,7 +302,7 @@ async def test_without_engines_it_says_so(client: Any):
 
 
 async def test_a_provider_that_refuses_is_named(client: Any, speaking: Any, used: Any):
-    speaking.model.fails(401)
+    speaking.model.says(status=401)
     reply = await client.http.post(f"{LLM}/test", json={"prompt": "Hello"})
     assert (reply.status_code, reply.json()["error"]) == (502, "provider_refused")
     assert await used(client) == {}

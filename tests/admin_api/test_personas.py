@@ -298,7 +298,7 @@ async def test_per_05_a_persona_is_heard_with_its_own_speed(client: Any, speakin
 
 async def test_a_provider_that_fails_is_named(client: Any, speaking: Any, used: Any):
     persona = await made(client)
-    speaking.model.fails(401)
+    speaking.model.says(status=401)
     reply = await client.http.post(f"{PERSONAS}/{persona['id']}/test", json={"message": "Hello"})
     assert (reply.status_code, reply.json()["error"]) == (502, "provider_refused")
     assert await used(client) == {}

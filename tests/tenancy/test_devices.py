@@ -415,6 +415,20 @@ class TestEvents:
         assert caught.value.param == "events"
         assert await devices.record(database, tenant.id, device.id, [event() for _ in range(3)]) == 3
 
+    async def test_not_too_many_of_a_day(
+        self, database: Database, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(devices, "MOST_OF_A_DAY", 3)
+        device, other = await arrived(database, tenant), await arrived(database, tenant)
+        today, earlier = datetime.now(UTC), datetime.now(UTC) - timedelta(days=3)
+        assert await devices.record(database, tenant.id, device.id, [event(at=today) for _ in range(3)]) == 3
+        more = [event(at=today), event(at=earlier)]
+        assert await devices.record(database, tenant.id, device.id, more) == 1
+        assert await devices.record(database, tenant.id, other.id, [event(at=today)]) == 1
+        found = (await devices.events(database, tenant.id, device.id)).items
+        assert more[1].id in {row.id for row in found}
+        assert len(found) == 4
+
     async def test_they_outlive_their_device(
         self, database: Database, tenant: Tenant, admin: psycopg.AsyncConnection
     ) -> None:

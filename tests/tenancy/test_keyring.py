@@ -454,6 +454,28 @@ async def test_revocation_is_seen_with_the_push_channel_cut(
         await admin.execute("ALTER TABLE key_revocations ENABLE TRIGGER announced")
 
 
+async def test_all_keys_at_once_leave_connections_to_others(
+    database: Database, tenant: Tenant, ring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart every device comes with a key of its own, and nobody is to be sent away for that."""
+    issued = [await keys.issue(database, tenant.id, f"key {n}") for n in range(8)]
+    system = database.system
+    busy: list[int] = [0]
+
+    @asynccontextmanager
+    async def counted() -> AsyncIterator[AsyncSession]:
+        busy.append(busy[-1] + 1)
+        async with system() as session:
+            yield session
+        busy.append(busy[-1] - 1)
+
+    monkeypatch.setattr(database, "system", counted)
+    grants = await asyncio.gather(*(ring.verify(each.key) for each in issued for _ in range(2)))
+    assert [grant.key_id for grant in grants] == [each.id for each in issued for _ in range(2)]
+    assert max(busy) == keyring._AT_ONCE
+    assert busy.count(0) - 1 <= len(issued), "whoever asks for the same key waits with the first"
+
+
 @pytest.mark.parametrize("push", ["push", "cut"])
 async def test_a_second_process_refuses_within_the_second(
     database: Database,

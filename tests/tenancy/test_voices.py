@@ -111,6 +111,7 @@ async def test_of_two_changes_at_once_both_count(database: Database, tenant: Ten
         ("speed", 2.01),
         ("speed", float("nan")),
         ("speed", float("inf")),
+        ("speed", 10**400),
         ("speed", "1"),
         ("speed", True),
         ("language", "english"),

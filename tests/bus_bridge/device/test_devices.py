@@ -17,15 +17,16 @@ from sqlalchemy import text
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from agentvoicebox.bus_bridge import live
+from agentvoicebox.bus_bridge import gateway, live
 from agentvoicebox.bus_bridge.device import devices as places
 from agentvoicebox.bus_bridge.device import house, requests, socket
+from agentvoicebox.bus_bridge.door import Door
 from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.config.errors import BadInput, Unavailable
-from agentvoicebox.plugins.device import wire
+from agentvoicebox.plugins.device import connection, wire
 from agentvoicebox.plugins.pool import Speech, Transcript
 from agentvoicebox.tenancy import devices as records
-from agentvoicebox.tenancy import keys, personas, settings, tenants, voices, wake_words
+from agentvoicebox.tenancy import keys, personas, projects, settings, tenants, voices, wake_words
 from agentvoicebox.tenancy.metering import Ledger
 from agentvoicebox.tenancy.models import RateClass
 
@@ -175,6 +176,48 @@ async def test_the_newest_sockets_of_a_device_are_those_that_stay(
         assert isinstance((await second.answer(1))[-1], wire.Told)
         assert isinstance((await audio.answer(1))[-1], wire.Told)
     assert "is its key on several devices?" in caplog.text
+
+
+async def test_of_many_that_come_at_once_few_are_let_in_at_a_time(
+    stack: Any, devices: Any, customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """After a restart all do; the node has to hear meanwhile what changes, or it looks up every key again and again."""
+    there: list[int] = [0]
+    arrived, go = asyncio.Event(), asyncio.Event()
+    admit = Door.admit
+
+    async def slow(door: Door, scope: Any) -> Any:
+        there.append(there[-1] + 1)
+        arrived.set()
+        await go.wait()
+        there.append(there[-1] - 1)
+        return await admit(door, scope)
+
+    async def come() -> None:
+        async with devices.device(customer):
+            pass
+
+    monkeypatch.setattr(Door, "admit", slow)
+    monkeypatch.setattr(stack.gateway, "_coming", asyncio.Semaphore(2))
+    coming = [asyncio.create_task(come()) for _ in range(5)]
+    await asyncio.wait_for(arrived.wait(), 10)
+    await asyncio.sleep(0.2)
+    go.set()
+    await asyncio.gather(*coming)
+    assert max(there) == 2
+    go.clear()
+    monkeypatch.setattr(gateway, "OPENING", 0.05)
+    coming = [asyncio.create_task(come()) for _ in range(3)]
+    done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(InvalidStatus, match="503"):
+        await done.pop()
+    go.set()
+    await asyncio.wait(coming)
+
+
+def test_nobody_is_welcomed_who_does_not_wait_for_it():
+    assert socket.WELCOME <= connection.WELCOME
+    assert gateway.OPENING < connection.OPENING
 
 
 async def test_devices_are_no_sessions_and_leave_nothing_behind(stack: Any, devices: Any, new_customer: Any):
@@ -681,6 +724,36 @@ async def test_a_report_that_is_not_in_the_store_is_not_done(
         assert [problem.code for problem in await device.answer(1)] == ["service_unavailable"]
 
 
+async def test_whoever_asks_the_store_too_often_waits(devices: Any, customer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(requests, "PACE", (0.001, 2.0))
+    async with devices.device(customer, "audio") as audio, devices.device(customer) as device:
+        for each in (audio, device):
+            await each.say(wire.Report(1, []))
+            assert await each.answer(1) == [wire.Done(1)]
+        monkeypatch.setitem(requests.PATIENCE, wire.Report, 0.05)
+        await audio.say(wire.Report(2, []), wire.Speak(3, "yes"))
+        assert [problem.code for problem in await audio.answer(2)] == ["timeout"]
+        assert (await audio.answer(3))[-1] == wire.Done(3)
+
+
+async def test_long_texts_count_more(devices: Any, customer: Any, monkeypatch: pytest.MonkeyPatch):
+    """What has to be read takes as long as it is, whatever it says."""
+    spent: list[float] = []
+    spend = socket.Budget.spend
+
+    def note(budget: Any, now: float, amount: float = 1) -> float:
+        spent.append(amount)
+        return spend(budget, now, amount)
+
+    async with devices.device(customer) as device:
+        monkeypatch.setattr(socket.Budget, "spend", note)
+        await device.say("x" * 100_000)
+        await device.say(wire.About(1))
+        await device.answer(1)
+    assert spent[0] > 10
+    assert spent[1] == 1
+
+
 # --- live configuration -----------------------------------------------------------------------------------------------
 
 
@@ -812,6 +885,24 @@ async def test_suspension_a_voice_switched_off_and_removal_close_the_socket(
         assert await two.closed() == (live.UNAUTHORISED, "voice_disabled")
         await records.remove(stack.database, removed.id, uuid.UUID(three.welcome.device_id))
         assert await three.closed() == (live.UNAUTHORISED, "api_key_revoked")
+
+
+async def test_a_key_that_moves_to_another_project_takes_its_device_along(
+    stack: Any, devices: Any, new_customer: Any, ear: Ear
+):
+    customer = await new_customer()
+    shop = await projects.create(stack.database, customer.id, "Shop")
+    async with devices.device(customer) as device:
+        await keys.update(stack.database, customer.id, customer.key_id, project_id=shop.id)
+        assert await device.closed() == (live.MOVED, "project_changed")
+        async with devices.device(customer) as again:  # while the first may not have left yet
+            assert again.welcome.device_id == device.welcome.device_id
+            await again.say(wire.About(1))
+            [told] = await again.answer(1)
+            assert told.about["project"] == {"id": str(shop.id), "name": "Shop"}
+            await again.listen(2, bytes(3_200))
+    async with stack.database.tenant(customer.id) as session:
+        assert (await session.scalars(text("SELECT project_id FROM usage_events"))).all() == [shop.id]
 
 
 async def test_a_key_that_expires_closes_the_socket(stack: Any, devices: Any, new_customer: Any):

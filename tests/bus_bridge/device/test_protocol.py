@@ -70,6 +70,17 @@ def test_requests_at_once_are_few(greeted: Protocol):
     assert say(greeted, wire.About(9)) == [wire.About(9)]
 
 
+def test_requests_to_listen_are_fewer_also_while_what_they_heard_is_understood(greeted: Protocol):
+    for number in range(1, protocol.MOST_LISTENING + 1):
+        assert say(greeted, wire.Listen(number)) == [wire.Listen(number)]
+        assert say(greeted, wire.Finish(number)) == [wire.Finish(number)]
+    [problem] = say(greeted, wire.Listen(7))
+    assert (problem.id, problem.code) == (7, "too_many_requests")
+    assert say(greeted, wire.Speak(8, "yes")) == [wire.Speak(8, "yes")]
+    greeted.answered(2)
+    assert say(greeted, wire.Listen(9)) == [wire.Listen(9)]
+
+
 @pytest.mark.parametrize(
     "frame",
     [
