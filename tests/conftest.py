@@ -131,3 +131,113 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
             return wav.readframes(wav.getnframes())
 
     return say
+
+
+class LanguageModel:
+    """A real HTTP server that speaks OpenAI's streaming protocol and says what it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        """The bodies of requests."""
+        self.keys: list[str] = []
+        """The keys that came with them."""
+        self.hung_up = asyncio.Event()
+        """Set when a client goes away in the middle of an answer."""
+        self.url = ""
+        self.says()
+
+    def says(
+        self,
+        *pieces: str | dict[str, Any],
+        finish: str = "stop",
+        usage: dict[str, int] | None = None,
+        status: int = 200,
+        breaks_off: bool = False,
+        hold_after: int | None = None,
+    ) -> None:
+        """From now on: the pieces (texts, or whole deltas), then the end, unless it breaks off or holds on before."""
+        self._pieces = pieces or ("Hello", " there.")
+        self._finish = finish
+        self._usage = usage or {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        self._status = status
+        self._breaks_off = breaks_off
+        self._hold_after = hold_after
+        self.go_on = asyncio.Event()
+        """Ends the hold."""
+        self.hung_up.clear()
+
+    async def start(self) -> None:
+        """Listen on a free port."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        host, port = self._server.sockets[0].getsockname()[:2]
+        self.url = f"http://{host}:{port}/v1"
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode("latin-1"):
+                fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+                body = await reader.readexactly(int(fields["content-length"]))
+                self.asked.append(json.loads(body))
+                keys = [line[22:].strip() for line in head.split("\r\n") if line.lower().startswith("authorization: ")]
+                self.keys += keys or [""]
+                await self._answer(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._status != 200:
+            said = b'{"error": {"message": "no", "type": "no", "code": null}}'
+            head = (
+                f"HTTP/1.1 {self._status} No\r\nContent-Type: application/json\r\nContent-Length: {len(said)}\r\n\r\n"
+            )
+            writer.write(head.encode() + said)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for number, piece in enumerate(self._pieces):
+            if number == self._hold_after:
+                await self._hold(reader)
+            delta = {"content": piece} if isinstance(piece, str) else piece
+            self._event(writer, {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+            await writer.drain()
+        if self._breaks_off:
+            raise ConnectionResetError
+        self._event(writer, {"choices": [{"index": 0, "delta": {}, "finish_reason": self._finish}]})
+        self._event(writer, {"choices": [], "usage": self._usage})
+        writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    async def _hold(self, reader: asyncio.StreamReader) -> None:
+        end, go_on = (asyncio.ensure_future(coroutine) for coroutine in (reader.read(1), self.go_on.wait()))
+        done, waiting = await asyncio.wait((end, go_on), return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        if end in done:
+            self.hung_up.set()
+            raise ConnectionResetError
+
+    def _event(self, writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
+        common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        data = b"data: " + json.dumps(common | event).encode() + b"\n\n"
+        writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+@pytest.fixture(scope="session")
+def new_language_model() -> Callable[[], LanguageModel]:
+    """Makes providers of language models, for whoever needs one for longer than a test; start and stop them."""
+    return LanguageModel
+
+
+@pytest.fixture
+async def language_model() -> AsyncIterator[LanguageModel]:
+    """A provider of the test's own."""
+    model = LanguageModel()
+    await model.start()
+    yield model
+    await model.stop()

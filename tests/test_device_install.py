@@ -1,6 +1,6 @@
 """What a Raspberry Pi gets: wheels for it, few megabytes, units that systemd takes, and a README that works as written.
 
-The package index is asked, as the set-up asks it; without one these tests are skipped.
+The package index is asked, as the set-up asks it: without one these tests fail, as a set-up would.
 """
 
 from __future__ import annotations
@@ -80,8 +80,6 @@ def wheels(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder, names in ((made, SOURCE_ONLY), (made / "others", (SOURCE_ON_ARM,))):
         asked = ["--no-binary", ",".join(names), "-c", constraints, *names]
         done = pip("wheel", "-q", "--no-deps", "--wheel-dir", folder, *asked, **no_compiler)
-        if done.returncode and re.search(r"Retrying|Connection|resolution", done.stderr):
-            pytest.skip("the package index cannot be reached")
         assert done.returncode == 0, done.stderr
     done = pip("wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", made, checkout)
     assert done.returncode == 0, done.stderr
@@ -127,11 +125,10 @@ def test_all_of_it_has_wheels_for_a_pi(resolved: dict[str, Any]) -> None:
     assert [url for url in files.values() if not re.search(r"(aarch64|-none-any)\.whl$", url)] == []
 
 
+@pytest.mark.parametrize("resolved", PYTHONS[:1], indirect=True)  # the other one differs by kilobytes
 def test_it_adds_less_than_60_mb_to_stock_ovos(
     resolved: dict[str, Any], wheels: Path, tmp_path: Path, record_property: Any
 ) -> None:
-    if resolved["python"] != PYTHONS[0]:
-        pytest.skip("measured once")
     packages = resolved["packages"]
     added = sorted(closure(packages, ("agentvoicebox[device]",)) - closure(packages, STOCK))
     assert {"agentvoicebox", "pocketsphinx", "pymicro-wakeword"} <= set(added)
@@ -200,8 +197,22 @@ def test_pairing_begins_only_without_a_key_where_init_lets_it_be() -> None:
     assert found["Unit"]["ConditionPathExists"] == f"!{place}"
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+KNOWN = {
+    "Unit": "Description After Wants Requires ConditionPathExists StartLimitIntervalSec StartLimitBurst",
+    "Service": "Type ExecStart Restart RestartSec RestartPreventExitStatus TimeoutStartSec TimeoutStopSec",
+    "Install": "WantedBy",
+}
+"""What our units say, section by section; systemd passes over a word that it does not know."""
+
+
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    for path in UNITS:
+        told = unit(path)
+        assert set(told.sections()) == set(KNOWN)
+        for section in told.sections():
+            assert set(told[section]) <= set(KNOWN[section].split()), path
+    if shutil.which("systemd-analyze") is None:  # as in most containers
+        return
     programs = tmp_path / ".venvs" / "ovos" / "bin"
     programs.mkdir(parents=True)
     for path in UNITS:
@@ -262,7 +273,8 @@ def test_the_readme_makes_a_device_of_a_fresh_directory(checkout: Path, platform
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     path = f"{tmp_path / 'venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin"
     kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_")) or name == "LANG"}
-    home = {"HOME": str(tmp_path / "home"), "PATH": path, "PIP_CACHE_DIR": CACHE, **kept}
+    # Nobody waits for bytecode that is used once; pip reads this 0 as "do not".
+    home = {"HOME": str(tmp_path / "home"), "PATH": path, "PIP_CACHE_DIR": CACHE, "PIP_NO_COMPILE": "0", **kept}
 
     def run(line: str) -> subprocess.CompletedProcess[str]:
         line = line.replace("https://voice.example.com", platform)
@@ -270,8 +282,6 @@ def test_the_readme_makes_a_device_of_a_fresh_directory(checkout: Path, platform
 
     for line in lines:
         done = run(line)
-        if "pip install" in line and done.returncode and re.search(r"Retrying|Connection|resolution", done.stderr):
-            pytest.skip("the package index cannot be reached")
         assert done.returncode == 0, (line, done.stdout, done.stderr)
     assert "a device of Acme" in done.stdout
     done = run("avb device doctor --json")

@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 import_module(f"agentvoicebox.admin_api.cli.{name}").configure(verb)
             except ImportError as error:
-                missing = f"avb {name} needs {error.name}, which is not installed: pip install 'agentvoicebox[server]'"
-                print(missing, file=sys.stderr)
-                return 1
+                return _lacks(name, error)
     found = parser.parse_args(arguments)
     try:
         run: Run = found.run
@@ -50,7 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AvbError as error:
         print(f"avb {found.verb}: {error.message}", file=sys.stderr)
         return 2 if error.status < 500 else 1
+    except ModuleNotFoundError as error:
+        if (error.name or "agentvoicebox").startswith("agentvoicebox"):
+            raise
+        return _lacks(found.verb, error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 1
+
+
+def _lacks(verb: str, error: ImportError) -> int:
+    remedy = "pip install 'agentvoicebox[server]'"
+    print(f"avb {verb} needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
+    return 1

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import socket
+import ssl
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,8 @@ def run(found: argparse.Namespace) -> int:
     url = found.url.strip().rstrip("/")
     key_file = _key_file(found, old)
     wanted = Section(url, key_file, found.tenant, _absolute(found.ca_file))
-    _ = wanted.socket
-    if old is not None and old.url != url and not found.force:
+    _check_flags(wanted)
+    if old is not None and old.url != url and old.key() is not None and not found.force:
         raise BadInput(f"This device belongs to {old.url}: add --force to have it leave that platform.", param="url")
     lines = mycroft.Lines(
         url, key_file, wanted.tenant, wanted.ca_file, stt_fallback=found.stt_fallback, tts_fallback=found.tts_fallback
@@ -80,20 +83,26 @@ def run(found: argparse.Namespace) -> int:
     changes = mycroft.plan(lines, file, os.environ)
     key = _given_key(found, wanted)
     note = "" if found.force else _check(wanted, key)
-    kept = _keep_key(wanted, found.key)
+    fresh, replaced = not key_file.exists(), _keep_key(wanted, found.key)
     try:
         copy = mycroft.write(file, changes) if changes else None
     except AvbError:
-        if kept:
+        if fresh and replaced:
             key_file.unlink(missing_ok=True)
         raise
+    absent = [each for each in (lines.stt_fallback, lines.tts_fallback) if each and not _is_engine(each)]
     if found.json:
         told = [{"line": each.name, "before": each.before, "after": each.after} for each in changes]
-        plain.emit({"file": str(file), "copy": copy and str(copy), "changes": told, "key": bool(key), "note": note})
+        wrote = {"file": str(file), "copy": copy and str(copy), "changes": told, "key": bool(key)}
+        plain.emit({**wrote, "note": note, "absent": absent})
         return 0
     _show(file, changes, copy)
+    if replaced:
+        print(f"The key is in {key_file} now.")
     if note:
         print(f"Not checked: {note}")
+    for name in absent:
+        print(f"{name} is not installed here, and cannot stand in: pip install it, or name another engine.")
     for word in mycroft.other_wake_words(mycroft.effective(file, os.environ)):
         print(f'{word} still wakes this device as well: write "active": false beside it if it should not.')
     if changes:
@@ -101,6 +110,24 @@ def run(found: argparse.Namespace) -> int:
     if key is None:
         print("Next, get a key: avb device pair")
     return 0
+
+
+def _check_flags(wanted: Section) -> None:
+    """Raises `BadInput` for an address, a tenant or a file of certificates that is none, in the words of the flags."""
+    try:
+        _ = wanted.socket
+    except BadInput as error:
+        where = "of the section agentvoicebox in mycroft.conf"
+        message = error.message.replace(f" in the url {where}", "").replace(f"The {error.param} {where}", "That")
+        raise BadInput(f"--{error.param}: {message}", code=error.code, param=error.param) from error
+    if wanted.ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=str(wanted.ca_file))
+        except OSError as error:
+            raise BadInput(
+                f"--ca-file: there are no certificates in {wanted.ca_file}: name a file of them, in PEM.",
+                param="ca_file",
+            ) from error
 
 
 def _key_file(found: argparse.Namespace, old: Section | None) -> Path:
@@ -128,13 +155,12 @@ def _given_key(found: argparse.Namespace, wanted: Section) -> str | None:
 
 
 def _keep_key(wanted: Section, key: str | None) -> bool:
-    """Write a key that was given; whether there was no file before."""
+    """Write a key that was given; whether it is another one than before."""
     assert wanted.key_file is not None
     if key is None or key == wanted.key():
         return False
-    fresh = not wanted.key_file.exists()
     mycroft.write_key(wanted.key_file, key)
-    return fresh
+    return True
 
 
 def _check(wanted: Section, key: str | None) -> str:
@@ -151,37 +177,47 @@ def _check(wanted: Section, key: str | None) -> str:
             raise BadInput(error.message, code=error.code, param="url") from error
         if key is None:
             return ""
-        with tempfile.TemporaryDirectory(prefix="avb-device-") as directory:
+        with tempfile.TemporaryDirectory(prefix="avb-device-", ignore_cleanup_errors=True) as directory:
             aside = Section(wanted.url, Path(directory) / "key", wanted.tenant, wanted.ca_file, Path(directory))
             mycroft.write_key(Path(directory) / "key", key)
             link = Link(aside, "command")
             try:
                 checkup.wait_for(link)
                 if link.state is State.REFUSED:
-                    raise BadInput(link.reason, code="key_refused", param="key")
+                    whose = f" Name the tenant of the key, or leave --tenant {wanted.tenant} out." * bool(wanted.tenant)
+                    raise BadInput(link.reason + whose, code="key_refused", param="key")
                 return "" if link.state is State.UP else link.reason
             finally:
                 link.close()
+
+
+def _is_engine(name: str) -> bool:
+    """Whether OVOS finds an ear or a voice of this name."""
+    groups = ("opm.stt", "opm.tts", "mycroft.plugin.stt", "mycroft.plugin.tts")
+    return any(metadata.entry_points(group=group, name=name) for group in groups)
 
 
 def _show(file: Path, changes: list[Change], copy: Path | None) -> None:
     if not changes:
         print(f"{file} says all this already: nothing was changed.")
         return
-    rows = [[each.name, _short(each.before, each.after), _short(each.after, each.before)] for each in changes]
-    plain.table(["line", "before", "now"], rows)
+    for each in changes:
+        was = "" if each.before is None else f" (was {_short(each.before, each.after)})"
+        plain.paragraph(each.name + ("" if each.after is None else f": {_short(each.after, each.before)}") + was)
     print(f"Written to {file}" + (f"; what it was is in {copy}" if copy else ""))
 
 
 def _short(value: Any, other: Any) -> str:
     """A value as JSON; of a list only what the other one lacks, among its neighbours."""
-    if value is None:
-        return "-"
     if isinstance(value, list) and isinstance(other, list):
         new = [number for number, each in enumerate(value) if each not in other]
-        near = {number + step for number in new for step in (-1, 0, 1)}
-        parts = [str(each) for number, each in enumerate(value) if number in near]
-        return f"… {', '.join(parts)} …" if parts else f"{len(value)} stages"
+        near = sorted({number + step for number in new for step in (-1, 0, 1)} & set(range(len(value))))
+        parts, last = [], -1
+        for number in near:
+            parts += ["…"] if number > last + 1 else []
+            parts.append(str(value[number]))
+            last = number
+        return ", ".join([*parts, *(["…"] if last < len(value) - 1 else [])])
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -257,13 +293,15 @@ def live(found: argparse.Namespace) -> int:
     with _quiet():
         link = Link(device, "command")
         try:
-            checkup.wait_for(link)
+            checkup.wait_for(link, checkup.WAIT)
             with suppress(AvbError):
                 link.about(timeout=1.0)  # what the tenant has chosen comes before the answer to anything
             state, reason, chosen, welcome = link.state, link.reason, link.choices, link.welcome
         finally:
             link.close()
         engines = checkup.engines(configuration)
+    if state is State.CONNECTING and not reason:
+        reason = f"It has not answered within {checkup.WAIT:g} s: check the network; the platform may be down."
     told = {
         "url": device.url,
         "platform": str(state),
@@ -334,13 +372,15 @@ def _device(found: argparse.Namespace) -> tuple[dict[str, Any], Section]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """OVOS and its plugins write their log to standard output: here it would stand among the answer."""
+    """OVOS and its plugins write their log to standard output, ours theirs to the other: it says nothing new here."""
     from ovos_utils.log import LOG
 
-    level = LOG.level
+    level, disabled = LOG.level, logging.root.manager.disable
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         LOG.set_level("CRITICAL")
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
+            logging.disable(disabled)
             LOG.set_level(level)

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from rich.markup import escape
+
 from agentvoicebox.admin_api.cli import console
 from agentvoicebox.config import ovos
 from agentvoicebox.config.settings import Settings
@@ -44,7 +46,7 @@ def run(found: argparse.Namespace) -> int:
         console.emit({"findings": [asdict(finding) for finding in findings]})
     else:
         colours = {"ok": "green", "missing": "yellow", "broken": "red"}
-        rows = [[f.what, f"[{colours[f.state]}]{f.state}[/]", f.detail, f.remedy] for f in findings]
+        rows = [[f.what, f"[{colours[f.state]}]{f.state}[/]", escape(f.detail), escape(f.remedy)] for f in findings]
         console.table("AgentVoiceBox", ["what", "state", "detail", "remedy"], rows)
     return 1 if any(finding.state == "broken" for finding in findings) else 0
 
@@ -82,12 +84,16 @@ def _cell() -> Iterator[Finding]:
 
 
 def _speech(settings: Settings) -> Iterator[Finding]:
-    from agentvoicebox.plugins import models
-
     flite = shutil.which("flite")
     yield Finding(
         "flite", "ok" if flite else "missing", flite or "offline voice", "" if flite else "apt-get install flite"
     )
+    try:
+        from agentvoicebox.plugins import models
+    except ImportError as error:
+        remedy = "pip install 'agentvoicebox[server]'; a device has a doctor of its own: avb device doctor"
+        yield Finding("models", "missing", f"they need {error.name}", remedy)
+        return
     for model in models.available(settings.models):
         if model.installed:
             yield Finding(f"model {model.name}", "ok", str(settings.models))

@@ -34,6 +34,12 @@ def colour(text: str, name: str, stream: TextIO | None = None) -> str:
     return f"\x1b[{COLOURS[name]}m{text}\x1b[0m"
 
 
+def paragraph(text: str) -> None:
+    """A text on stdout, folded where the terminal ends, with further lines set in."""
+    for line in _folded(text, shutil.get_terminal_size((120, 24)).columns, "    "):
+        print(line)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> None:
     """A table on stdout; the last column is folded where the terminal ends. `colours` are those of the rows."""
     widths = [max(len(row[number]) for row in (columns, *rows)) for number in range(len(columns) - 1)]
@@ -41,11 +47,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], colours: Sequen
     left = max(shutil.get_terminal_size((120, 24)).columns - begin, 30)
     print(colour(_row(columns, widths), "bold"))
     for number, row in enumerate(rows):
-        first, *more = textwrap.wrap(row[-1], left) or [""]
+        first, *more = _folded(row[-1], left) or [""]
         line = _row((*row[:-1], first), widths)
         print(colour(line, colours[number]) if number < len(colours) else line)
         for each in more:
             print(" " * begin + each)
+
+
+def _folded(text: str, width: int, indent: str = "") -> list[str]:
+    # Flags and paths are there to be copied: they stay whole, even where they are wider than the terminal.
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def large(digits: str) -> str:

@@ -10,12 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from agentvoicebox.tenancy.database import Address, Database, prepare
 from agentvoicebox.tenancy.embedded import serving
+
+_RESULTS = sys.stdout
+"""Where the lines of result go, and nothing else."""
 
 
 def report(name: str, value: float, unit: str, bar: float, against: str, better: str = "lower", **detail: Any) -> None:
@@ -30,7 +33,7 @@ def report(name: str, value: float, unit: str, bar: float, against: str, better:
         "against": against,
         "detail": detail,
     }
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line), file=_RESULTS, flush=True)
 
 
 def tell(text: str) -> None:
@@ -45,9 +48,11 @@ def run(parts: Sequence[str]) -> int:
     if unknown:
         tell(f"There is no part {unknown[0]!r}; there is: {', '.join(parts)}")
         return 2
-    for name in chosen:
-        tell(f"measuring {name}")
-        asyncio.run(importlib.import_module(f"parts.{name}").measure())
+    # OVOS and its plugins log to standard output, which is for the results.
+    with redirect_stdout(sys.stderr):
+        for name in chosen:
+            tell(f"measuring {name}")
+            asyncio.run(importlib.import_module(f"parts.{name}").measure())
     return 0
 
 
