@@ -38,6 +38,9 @@ STUCK = 60.0
 PING, PONG = 20.0, 10.0
 """Seconds between signs of life while nothing is asked, and to wait for each."""
 
+_LAST_ROUNDS = 3
+"""Of the loop, in which transports that were aborted close their sockets."""
+
 _CLOSING = 0.5
 _PAUSE = 0.02
 _UNKNOWN = 20
@@ -67,7 +70,10 @@ class _Connect(connect):
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """Looks names up in threads for which nobody waits at the end of the process: that may take half a minute."""
+    """Looks names up in threads for which nobody waits at the end of the process: that may take half a minute.
+
+    What was hung up last is let go of before it closes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +86,12 @@ class Loop(asyncio.SelectorEventLoop):
             look_up.add_done_callback(lambda _: self._asked.pop(asked))
         # Whoever asks again meanwhile waits for the same thread: there are never many.
         return await asyncio.shield(self._asked[asked])
+
+    def close(self) -> None:
+        if not (self.is_closed() or self.is_running()):
+            for _ in range(_LAST_ROUNDS):
+                self.run_until_complete(asyncio.sleep(0))
+        super().close()
 
 
 def aside(function: Callable[..., Any], *arguments: Any, **named: Any) -> asyncio.Future[Any]:

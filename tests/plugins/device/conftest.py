@@ -135,7 +135,10 @@ class Platform:
             for task in rest:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
-            await asyncio.sleep(0.01)  # for what they have closed to be closed
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    while len(self._loop._selector.get_map()) > 1:  # handshakes that fail close their sockets later
+                        await asyncio.sleep(0.005)
 
         self.thaw()
         self.stop()
