@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable
 from queue import Empty, Queue
@@ -16,6 +15,7 @@ from ovos_config import Configuration
 from ovos_plugin_manager.templates.stt import StreamingSTT, StreamThread
 from ovos_utils import classproperty
 from ovos_utils.lang import standardize_lang_tag
+from ovos_utils.log import LOG
 
 from agentvoicebox.config.errors import AvbError
 from agentvoicebox.plugins.device import caller, patience
@@ -23,8 +23,6 @@ from agentvoicebox.plugins.device.language import same_language
 from agentvoicebox.plugins.device.link import Link, Listening, shared
 from agentvoicebox.plugins.device.local import LocalEar
 from agentvoicebox.plugins.pool.engine import at_rate
-
-log = logging.getLogger(__name__)
 
 FALLBACK = "agentvoicebox-stt-sphinx"
 """The engine that stands in for the platform unless the configuration names another."""
@@ -69,7 +67,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
         self._taken = True
         self._away = False
         if self._link is None:
-            log.warning("No platform is set up on this device: run `avb device init`. It hears by itself until then.")
+            LOG.warning("No platform is set up on this device: run `avb device init`. It hears by itself until then.")
 
     @classproperty  # type: ignore[untyped-decorator]
     def available_languages(cls) -> set[str]:
@@ -142,7 +140,7 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
             return self._request(_pcm(audio), lang, asked)
         except Exception as error:
             # Whatever is wrong with the audio, the listener's one thread must go on.
-            log.error("Speech was not understood (%s): say it again.", type(error).__name__)
+            LOG.error("Speech was not understood (%s): say it again.", type(error).__name__)
             return []
 
     def shutdown(self) -> None:
@@ -223,11 +221,11 @@ class TenantSTT(StreamingSTT):  # type: ignore[misc]
         try:
             found = self._ear.hear(pcm, language)
         except AvbError as failure:
-            log.warning("Speech was not understood: %s %s", error.message if error else "", failure.message)
+            LOG.warning("Speech was not understood: %s %s", error.message if error else "", failure.message)
             return []
         if link is not None and error is not None:
             if not self._away:
-                log.warning("%s hears instead of the platform: %s", self._ear.name, link.reason or error.message)
+                LOG.warning("%s hears instead of the platform: %s", self._ear.name, link.reason or error.message)
             self._away = True
             link.report("stt", engine=self._ear.name, seconds=round(len(pcm) / 2 / RATE, 3), reason=error.code)
         return [(found.text, 1.0 if found.confidence is None else found.confidence)] if found.text else [("", 0.0)]

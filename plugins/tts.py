@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ from ovos_plugin_manager.utils.tts_cache import AudioFile, hash_sentence
 from ovos_utils import classproperty
 from ovos_utils.file_utils import get_cache_directory
 from ovos_utils.lang import standardize_lang_tag
+from ovos_utils.log import LOG
 
 from agentvoicebox.config.errors import AvbError
 from agentvoicebox.plugins.clauses import Sentences
@@ -32,8 +32,6 @@ from agentvoicebox.plugins.device.language import same_language
 from agentvoicebox.plugins.device.link import Away, Failed, Link, shared
 from agentvoicebox.plugins.device.local import LocalVoice
 from agentvoicebox.plugins.device.stage import Sentence, Stage
-
-log = logging.getLogger(__name__)
 
 FALLBACK = "agentvoicebox-tts-flite"
 """The engine that stands in for the platform unless the configuration names another."""
@@ -113,7 +111,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
         self._link = link or shared("audio")
         self._voice = LocalVoice(str(self.config.get("fallback", FALLBACK) or ""))
         if self._link is None:
-            log.warning("No platform is set up on this device: run `avb device init`. It speaks by itself until then.")
+            LOG.warning("No platform is set up on this device: run `avb device init`. It speaks by itself until then.")
 
     @classproperty  # type: ignore[untyped-decorator]
     def available_languages(cls) -> set[str]:
@@ -130,7 +128,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
         if command and Stage.fits(playback):
             self._stage = Stage(playback, command)
         elif not command:
-            log.warning("No player for streamed speech: install pulseaudio-utils or alsa-utils. Files are played.")
+            LOG.warning("No player for streamed speech: install pulseaudio-utils or alsa-utils. Files are played.")
 
     # --- what ovos-audio asks for -------------------------------------------------------------------------------------
 
@@ -293,9 +291,9 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             try:
                 self._make(sentence, text, context)
             except AvbError as error:
-                log.error("A sentence is not spoken: %s", error.message)
+                LOG.error("A sentence is not spoken: %s", error.message)
             except Exception as error:
-                log.error("A sentence is not spoken (%s): it is passed over.", type(error).__name__)
+                LOG.error("A sentence is not spoken (%s): it is passed over.", type(error).__name__)
             finally:
                 sentence.end()
             del job, sentence, context
@@ -313,7 +311,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             if _digest(context.link, self._choices(), context.named) == context.voice:
                 _know(_cache(context).cached_sentences, hash_sentence(text), audio)
         except OSError as error:
-            log.warning("Speech is not kept (%s): look whether the disk is full.", error.strerror)
+            LOG.warning("Speech is not kept (%s): look whether the disk is full.", error.strerror)
             return None
         return audio
 
@@ -376,7 +374,7 @@ class TenantTTS(StreamingTTS):  # type: ignore[misc]
             raise failure from error
         if context.link is not None and error is not None:
             if not self._away:
-                log.warning("%s speaks instead of the platform: %s", self._voice.name, error.message)
+                LOG.warning("%s speaks instead of the platform: %s", self._voice.name, error.message)
             self._away = True
             context.link.report("tts", engine=self._voice.name, seconds=round(seconds, 3), reason=error.code)
 

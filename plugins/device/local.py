@@ -6,7 +6,6 @@ configuration. Each is loaded in the background, so that it is there when it is 
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,11 @@ from ovos_config import Configuration
 from ovos_plugin_manager.templates.stt import StreamingSTT
 from ovos_plugin_manager.templates.tts import TTS
 from ovos_utils.file_utils import get_cache_directory
+from ovos_utils.log import LOG
 
 from agentvoicebox.config.errors import AvbError, Unavailable
 from agentvoicebox.plugins.pool.engine import Engine, plugin_class
 from agentvoicebox.plugins.pool.runner import EngineSpec, Heard, Speech, Transcript, Utter
-
-log = logging.getLogger(__name__)
 
 LOADING = 10.0
 """Seconds that whoever needs an engine waits for it to be loaded."""
@@ -73,11 +71,11 @@ class _Local:
         try:
             engine = _Plugin(self.kind, self.name, self._section())
         except AvbError as error:
-            log.warning("Nothing stands in for the platform: %s", error.message)
+            LOG.warning("Nothing stands in for the platform: %s", error.message)
             # Not the error itself: with it, all that a half-made plugin holds would stay.
             self._why = Unavailable(error.message, code=error.code)
         except Exception as error:
-            log.warning("Nothing stands in for the platform: %s fails (%s).", self.name, type(error).__name__)
+            LOG.warning("Nothing stands in for the platform: %s fails (%s).", self.name, type(error).__name__)
             self._why = Unavailable(f"The engine {self.name} cannot be loaded: choose another.", code="engine_failed")
         with self._lock:
             if engine is not None and not self._closed:

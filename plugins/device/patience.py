@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-log = logging.getLogger(__name__)
+from ovos_utils.log import LOG
 
 PATIENCE = 4.0
 """Seconds, unless the plugin's section says otherwise: nobody stands before a silent device for longer."""
@@ -19,5 +18,5 @@ def of(section: Mapping[str, Any]) -> float:
     told = section.get("patience", PATIENCE)
     if isinstance(told, int | float) and not isinstance(told, bool) and _LEAST <= told <= _MOST:
         return float(told)
-    log.warning("patience in mycroft.conf is not %g to %g seconds: it is %g.", _LEAST, _MOST, PATIENCE)
+    LOG.warning("patience in mycroft.conf is not %g to %g seconds: it is %g.", _LEAST, _MOST, PATIENCE)
     return PATIENCE

@@ -7,7 +7,6 @@ well, and the thread is taught to play it.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import threading
 import wave
@@ -19,11 +18,10 @@ from typing import Any, NamedTuple
 from ovos_bus_client.message import Message
 from ovos_plugin_manager.templates.tts import TTS
 from ovos_utils.file_utils import get_cache_directory
+from ovos_utils.log import LOG
 
 from agentvoicebox.plugins.device.player import Player, PlayerBroke
 from agentvoicebox.plugins.pool.engine import at_rate
-
-log = logging.getLogger(__name__)
 
 LONGEST = 120.0
 """Seconds for which a sentence may make no progress before it is given up."""
@@ -224,7 +222,7 @@ class Stage:
         try:
             self._perform(*playing)
         except Exception as error:
-            log.error("A sentence was not played to its end (%s): it is passed over.", type(error).__name__)
+            LOG.error("A sentence was not played to its end (%s): it is passed over.", type(error).__name__)
             if self._playback._processing_queue:
                 self._playback.on_end()
         self._playback._now_playing = None
@@ -239,7 +237,7 @@ class Stage:
             try:
                 sentence.play(self._command)
             except PlayerBroke as error:
-                log.warning(
+                LOG.warning(
                     "The player for speech failed (%s): a file is played. Look whether a sound device is there.", error
                 )
                 self._play_file(sentence, listen, tts_id, message)

@@ -21,6 +21,7 @@ import soxr
 from ctranslate2.specs import common_spec, whisper_spec
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from ovos_utils.log import LOG
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -541,3 +542,16 @@ def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
 @pytest.fixture(name="until")
 def _until() -> Callable[..., None]:
     return until
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said in the log of the OVOS service, line by line."""
+    written: list[str] = []
+
+    def write(line: object, *values: object, **_: object) -> None:
+        written.append(str(line) % values if values else str(line))
+
+    for name in ("info", "warning", "error", "exception"):
+        monkeypatch.setattr(LOG, name, write)
+    return written

@@ -25,15 +25,6 @@ from agentvoicebox.plugins.device.link import Away, Failed, Link, State
 ACME = Choices(tenant="Acme", language="de-DE", voice="af_sarah", wake_words=(WakeWord("okay nabu"),))
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the link writes to the log."""
-    written: list[str] = []
-    for name in ("info", "warning", "error", "exception"):
-        monkeypatch.setattr(links.LOG, name, lambda line, *_, **__: written.append(str(line)))
-    return written
-
-
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 

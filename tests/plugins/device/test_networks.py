@@ -28,15 +28,6 @@ HTML = "<html><body>Welcome to our hotel. Please log in.</body></html>"
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the link says in the log."""
-    written: list[str] = []
-    for name in ("info", "warning", "error", "exception"):
-        monkeypatch.setattr(links.LOG, name, lambda line, *_, **__: written.append(str(line)))
-    return written
-
-
-@pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other without a rest worth the name."""
     for name, seconds in (("SOONEST", 0.01), ("LATEST", 0.05), ("LOOK", 0.01)):

@@ -13,7 +13,7 @@ def test_it_is_what_the_section_says() -> None:
 
 
 @pytest.mark.parametrize("told", ["4", None, True, 0, -1, 1e9, float("nan")])
-def test_what_is_none_takes_one_line(told: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_none_takes_one_line(told: object, lines: list[str]) -> None:
     assert patience.of({"patience": told}) == patience.PATIENCE
-    assert len(caplog.records) == 1
-    assert "patience in mycroft.conf" in caplog.text
+    assert len(lines) == 1
+    assert "patience in mycroft.conf" in lines[0]
