@@ -9,7 +9,7 @@ import subprocess
 import sys
 import wave
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,12 +62,14 @@ async def model(new_language_model: Callable[[], Any]) -> AsyncIterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[Platform]:
+async def platform(tmp_path_factory: pytest.TempPathFactory, model: Any) -> AsyncIterator[Platform]:
+    # All that blocks is done in threads: another node, with its cell, lives on this loop, and is taken for dead.
     node = Node(tmp_path_factory.mktemp("platform"), AVB_COMPATIBLE_URL=model.url, AVB_COMPATIBLE_KEY="ours")
-    node.start()
-    admin = node.admit("acme", "--voice", "slt", "--wake-word", WAKE, name="Acme", scopes="admin,realtime")
+    await asyncio.to_thread(node.start)
+    voice = ("--voice", "slt", "--wake-word", WAKE)
+    admin = await asyncio.to_thread(node.admit, "acme", *voice, name="Acme", scopes="admin,realtime")
     yield Platform(node, "acme", admin)
-    node.kill()
+    await asyncio.to_thread(node.kill)
 
 
 def ours(url: str, key: Path) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def ours(url: str, key: Path) -> dict[str, Any]:
 async def device(platform: Platform, tmp_path: Path) -> AsyncIterator[Device]:
     """A device of the tenant, with the platform."""
     key = tmp_path / "device.key"
-    key.write_text(platform.key("device")[0])
+    key.write_text((await asyncio.to_thread(platform.key, "device"))[0])
     changes = ours(platform.node.url, key)
     changes["tts"]["agentvoicebox-tts"]["player"] = [str(tmp_path / "device" / "player"), "-"]
     (tmp_path / "device").mkdir()
@@ -148,7 +150,7 @@ async def test_when_the_platform_dies_in_mid_question_it_answers_and_tells_of_it
     platform: Platform, device: Device
 ) -> None:
     pids = device.pids
-    said, _ = await ask(device, "what time is it", during=platform.node.kill)
+    said, _ = await ask(device, "what time is it", during=partial(asyncio.to_thread, platform.node.kill))
     assert len(said) == 1
     said, audio = await ask(device, "what day is it")
     assert len(said) == 1
@@ -219,7 +221,7 @@ async def test_a_key_that_is_revoked_while_it_listens_makes_it_a_local_device(
     platform: Platform, tmp_path: Path
 ) -> None:
     file = tmp_path / "device.key"
-    secret, key_id = platform.key("to be revoked")
+    secret, key_id = await asyncio.to_thread(platform.key, "to be revoked")
     file.write_text(secret)
     async with running(tmp_path / "device", ours(platform.node.url, file)) as device:
         await device.linked()
@@ -230,7 +232,7 @@ async def test_a_key_that_is_revoked_while_it_listens_makes_it_a_local_device(
         said, _ = await ask(device, "what time is it", during=revoke)
         assert len(said) == 1
         assert "avb device pair" in device.log("dinkum-listener")
-        file.write_text(platform.key("a new one")[0])
+        file.write_text((await asyncio.to_thread(platform.key, "a new one"))[0])
         await device.linked()
         before = await spent(platform)
         said, _ = await ask(device, "what time is it")
