@@ -167,7 +167,7 @@ async def test_when_the_platform_dies_in_mid_question_it_answers_and_tells_of_it
 
 async def local(platform: Platform, count: int) -> list[dict[str, Any]]:
     """What the newest device has told of its own engines, if that is so many events by now."""
-    newest = (await platform.call("GET", "/devices"))["items"][0]
+    newest = max((await platform.call("GET", "/devices"))["items"], key=lambda each: each["created_at"])
     told = (await platform.call("GET", f"/devices/{newest['id']}/events"))["items"]
     found = [event for event in told if event["kind"] in ("stt", "tts")]
     return found if len(found) >= count else []
