@@ -21,6 +21,7 @@ from typing import Any
 
 from agentvoicebox.admin_api.cli import plain
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
+from agentvoicebox.config.findings import COLOURS
 from agentvoicebox.plugins.device import bus, checkup, mycroft, pairing
 from agentvoicebox.plugins.device import section as sections
 from agentvoicebox.plugins.device.link import Link, State
@@ -342,9 +343,8 @@ def examined(found: argparse.Namespace) -> int:
     if found.json:
         plain.emit({"findings": [asdict(finding) for finding in findings]})
     else:
-        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         rows = [[f.what, f.state, f.detail + (f" -> {f.remedy}" if f.remedy else "")] for f in findings]
-        plain.table(["what", "state", "detail -> remedy"], rows, [colours[f.state] for f in findings])
+        plain.table(["what", "state", "detail -> remedy"], rows, [COLOURS[f.state] for f in findings])
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 

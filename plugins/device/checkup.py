@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
 import shlex
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agentvoicebox.config.errors import AvbError
+from agentvoicebox.config.findings import Finding, python
 from agentvoicebox.plugins.device import bus, mycroft, pairing, section
 from agentvoicebox.plugins.device.link import Link, State
 from agentvoicebox.plugins.device.section import Section
@@ -49,16 +48,6 @@ _PIECE = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One line: `state` is ok, warn (something works less well) or fail (the device cannot do its work)."""
-
-    what: str
-    state: str
-    detail: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Engine:
     """A local engine that stands in for the platform; `problem` is empty for one that works."""
 
@@ -69,9 +58,7 @@ class Engine:
 
 def examine(configuration: Mapping[str, Any], file: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Everything, given what OVOS makes of all files; `file` is the user's."""
-    version = platform.python_version()
-    good = (3, 11) <= sys.version_info[:2] < (3, 14)
-    yield Finding("Python", "ok" if good else "fail", version, "" if good else "use Python 3.11 to 3.13")
+    yield python()
     yield from _lines(configuration, file, environ)
     yield from _plugins()
     found = section.read(configuration)

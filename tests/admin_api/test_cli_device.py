@@ -439,7 +439,7 @@ def test_what_a_device_lacks_for_other_commands_is_named(
     from agentvoicebox.admin_api.cli import doctor
 
     def lacking(settings: object) -> Iterator[doctor.Finding]:
-        yield doctor.Finding("uvicorn", "broken", "needed by the node", "pip install 'agentvoicebox[server]'")
+        yield doctor.Finding("uvicorn", "fail", "needed by the node", "pip install 'agentvoicebox[server]'")
 
     monkeypatch.setattr(doctor, "examine", lacking)
     assert cli.main(["doctor"]) == 1
