@@ -36,9 +36,6 @@ LONG_AUDIO = 5.0
 SLICE = 2.0
 """Seconds of audio in one such slice."""
 
-NAP = 0.5
-"""Seconds after which a connection that rests looks whether it is to be closed."""
-
 NORMAL = 1000
 INTERNAL = 1011
 
@@ -197,10 +194,7 @@ class Connection:
     async def _rest(self, seconds: float) -> None:
         """Read no more for a while from a client that sends too much, so that it has to wait too; nothing is lost."""
         self._settle()
-        while seconds > 0 and not self._outbox.closing:
-            nap = min(seconds, NAP)
-            await asyncio.sleep(nap)
-            seconds -= nap
+        await self._outbox.rest(seconds)
 
     def _foreign(self, event: ev.SettingsWanted) -> ev.Problem | None:
         """A language that the assistant here does not speak."""

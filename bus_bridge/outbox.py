@@ -24,6 +24,9 @@ STALL = 15.0
 FAREWELL = 5.0
 """Seconds a client has to take its last frames and the close, before the connection is cut."""
 
+NAP = 0.5
+"""Seconds between two looks at whether a connection has ended that is to rest."""
+
 SLOW_CONSUMER = 1013
 
 
@@ -114,6 +117,13 @@ class Outbox:
         """Wait until everything has been sent, or cannot be any more."""
         while (flusher := self._flusher) is not None:
             await asyncio.wait([flusher])
+
+    async def rest(self, seconds: float) -> None:
+        """Wait for so long, but not for a connection that ends meanwhile."""
+        while seconds > 0 and not self.closing:
+            nap = min(seconds, NAP)
+            await asyncio.sleep(nap)
+            seconds -= nap
 
     def discard(self) -> None:
         """The connection is no more."""

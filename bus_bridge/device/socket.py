@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from agentvoicebox.bus_bridge import events as ev
-from agentvoicebox.bus_bridge.connection import INTERNAL, NAP, NORMAL, Receive
+from agentvoicebox.bus_bridge.connection import INTERNAL, NORMAL, Receive
 from agentvoicebox.bus_bridge.device.protocol import POLICY, Audio, Over, Protocol, Request
 from agentvoicebox.bus_bridge.device.requests import Listening, Station, Work, problem
 from agentvoicebox.bus_bridge.outbox import Outbox
@@ -141,7 +141,8 @@ class Socket:
                 frame = text if text is not None else message.get("bytes") or b""
                 await self._take(frame)
                 if rest := self._cost(frame):
-                    await self._rest(rest)
+                    # A device that sends too much has to wait too; nothing is lost.
+                    await self._outbox.rest(rest)
         finally:
             self._leave()
         return code
@@ -176,13 +177,6 @@ class Socket:
         if isinstance(frame, bytes):
             return self._audio.spend(self._heard_at, max(len(frame), _LEAST))
         return self._messages.spend(self._heard_at, 1 + len(frame) // _LARGE)
-
-    async def _rest(self, seconds: float) -> None:
-        """Read no more for a while from a device that sends too much, so that it has to wait too; nothing is lost."""
-        while seconds > 0 and not self._outbox.closing:
-            nap = min(seconds, NAP)
-            await asyncio.sleep(nap)
-            seconds -= nap
 
     async def _take(self, frame: str | bytes) -> None:
         if self._outbox.closing:
