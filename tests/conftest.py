@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -21,6 +22,9 @@ from websockets.asyncio.client import connect
 _home = tempfile.TemporaryDirectory(prefix="agentvoicebox-tests-")
 for _name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_DIRS"):
     os.environ[_name] = _home.name
+
+# A shell has what it starts in the background ignore SIGINT; so would all that tests start and then break off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from agentvoicebox.admin_api.stack import Stack
