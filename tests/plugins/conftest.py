@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import threading
 import wave
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise, repeat
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import soxr
 from ctranslate2.specs import common_spec, whisper_spec
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from ovos_utils.log import LOG
+from parts import corpus
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -55,49 +53,16 @@ def say(tmp_path_factory: pytest.TempPathFactory) -> Say:
     return speak
 
 
-COMMANDS = (
-    "what time is it", "tell me a joke", "set a timer for five minutes", "what is the weather like today",
-    "turn on the living room lights", "turn off the kitchen lights", "play some jazz music", "stop the music",
-    "set the volume to fifty percent", "what is the date today", "wake me up at seven tomorrow morning",
-    "add milk to my shopping list", "who is the president of france", "how far away is the moon",
-    "what is two plus two", "remind me to call my mother", "cancel the timer", "what is your name", "good morning",
-    "thank you very much", "pause", "next song please", "what day is it", "how are you", "will it rain tomorrow",
-    "open the front door", "lock the back door", "set an alarm for six thirty", "tell me the news", "never mind",
-)  # fmt: skip
-
-FLITES = (
-    ("slt",), ("rms",), ("awb",), ("kal16",), ("kal",),
-    ("slt", "duration_stretch=1.25"), ("rms", "duration_stretch=0.85"), ("awb", "duration_stretch=1.2"),
-    ("kal16", "int_f0_target_mean=140"), ("rms", "int_f0_target_mean=130"),
-)  # fmt: skip
-
-
 @pytest.fixture(scope="session")
-def ten_voices(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[bytes]]:
+def ten_voices() -> Callable[[str], Sequence[bytes]]:
     """`ten_voices(text)` is 16 kHz audio of ten voices: five, and five of those slower, faster or higher."""
-    return cache(lambda text: [_flite(tmp_path_factory, text, voice, *set_) for voice, *set_ in FLITES])
+    return corpus.ten_voices
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def commands() -> bytes:
     """Four minutes at 16 kHz of four voices that say thirty commands each, and no wake word."""
-    voices = ("slt", "rms", "awb", "kal16")
-    return b"".join(_flite(tmp_path_factory, text, voice) for voice in voices for text in COMMANDS)
-
-
-def _flite(directories: pytest.TempPathFactory, text: str, voice: str, *features: str) -> bytes:
-    """A voice of flite with these features changed, quarters of a second around it, with a noise floor."""
-    path = directories.mktemp("flite") / "spoken.wav"
-    changed = [part for feature in features for part in ("--setf", feature)]
-    subprocess.run(["flite", "-voice", voice, *changed, "-t", text, "-o", str(path)], check=True)
-    with wave.open(str(path)) as wav:
-        rate, pcm = wav.getframerate(), wav.readframes(wav.getnframes())
-    samples = np.frombuffer(pcm, "<i2").astype(np.float32) / 32_768
-    if rate != 16_000:
-        samples = soxr.resample(samples, rate, 16_000)
-    samples = np.pad(samples, 4_000)
-    samples += np.random.default_rng(0).standard_normal(samples.size).astype(np.float32) / 1_000
-    return (np.clip(samples, -1, 1) * 32_767).astype("<i2").tobytes()
+    return corpus.commands()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from agentvoicebox.plugins.device.choices import WakeWord
 
 CHUNK = 4_096
 NABU, ALEXA, COMPUTER = WakeWord("okay nabu"), WakeWord("alexa"), WakeWord("hey computer")
-TenVoices = Callable[[str], list[bytes]]
+TenVoices = Callable[[str], Sequence[bytes]]
 
 
 def feed(ear: Detector, pcm: bytes, chunk: int = CHUNK) -> list[Detection]:

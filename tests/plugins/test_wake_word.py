@@ -6,7 +6,7 @@ import gc
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from agentvoicebox.plugins.wake_word import Outcomes, TenantWakeWord
 CHUNK = 4_096
 ENTRY = {"module": "agentvoicebox-ww", "listen": True, "active": True}
 NABU, JARVIS = WakeWord("okay nabu", id="1"), WakeWord("hey jarvis", id="2")
-TenVoices = Callable[[str], list[bytes]]
+TenVoices = Callable[[str], Sequence[bytes]]
 
 
 @dataclass

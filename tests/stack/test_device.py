@@ -6,7 +6,6 @@ import asyncio
 import io
 import re
 import subprocess
-import sys
 import wave
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,9 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 from parts.node import Node
 from parts.ovos import Device, running, silence, spoken
 

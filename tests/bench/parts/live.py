@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import statistics
-import tempfile
 import time
 from datetime import datetime
-from pathlib import Path
 
 import httpx
-from parts.node import Node
+from parts.node import beside
 from parts.ovos import Device, running
 from parts.reports import percentile, report, tell
 from parts.turns import ours
@@ -36,33 +34,26 @@ async def live(device: Device, phrase: str, since: float) -> float:
 
 async def measure() -> None:
     """Print how long a change takes from the request to the stock listener that listens for another phrase."""
-    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name:
-        directory = Path(name)
-        node = Node(directory / "node")
-        node.directory.mkdir()
-        node.start()
-        try:
-            admin = node.admit("bench", scopes="admin,realtime")
-            key = directory / "device.key"
-            key.write_text(admin)
-            async with (
-                running(directory / "device", ours(node.url, key)) as device,
-                httpx.AsyncClient(
-                    base_url=f"{node.url}/api/v2", headers={"Authorization": f"Bearer {admin}"}, trust_env=False
-                ) as http,
-            ):
-                await device.linked()
-                tell(f"{CHANGES} changes of the wake word")
-                made = (await http.post("/wake-words", json={"phrase": PHRASES[0]})).raise_for_status().json()
-                found = []
-                for n in range(1, CHANGES + 1):
-                    await asyncio.sleep(0.5)
-                    begin = time.time()
-                    phrase = PHRASES[n % len(PHRASES)]
-                    (await http.patch(f"/wake-words/{made['id']}", json={"phrase": phrase})).raise_for_status()
-                    found.append(await live(device, phrase, begin) - begin)
-        finally:
-            node.stop()
+    with beside() as (directory, node):
+        admin = node.admit("bench", scopes="admin,realtime")
+        key = directory / "device.key"
+        key.write_text(admin)
+        async with (
+            running(directory / "device", ours(node.url, key)) as device,
+            httpx.AsyncClient(
+                base_url=f"{node.url}/api/v2", headers={"Authorization": f"Bearer {admin}"}, trust_env=False
+            ) as http,
+        ):
+            await device.linked()
+            tell(f"{CHANGES} changes of the wake word")
+            made = (await http.post("/wake-words", json={"phrase": PHRASES[0]})).raise_for_status().json()
+            found = []
+            for n in range(1, CHANGES + 1):
+                await asyncio.sleep(0.5)
+                begin = time.time()
+                phrase = PHRASES[n % len(PHRASES)]
+                (await http.patch(f"/wake-words/{made['id']}", json={"phrase": phrase})).raise_for_status()
+                found.append(await live(device, phrase, begin) - begin)
     report(
         "device.configuration_live_p95",
         percentile(found, 0.95),

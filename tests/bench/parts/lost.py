@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
-from parts.node import Node
+from parts.node import beside
 from parts.ovos import Device, running, silence, spoken
 from parts.reports import report, tell
 from parts.turns import WAKE, ours, turn
@@ -33,35 +31,28 @@ async def interrupted(device: Device, disaster: Callable[[], None]) -> float:
 
 async def measure() -> None:
     """Print how much later an answer is when the platform is killed, or its cable pulled, in mid-utterance."""
-    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name:
-        directory = Path(name)
-        node = Node(directory / "node")
-        node.directory.mkdir()
-        node.start()
+    with beside() as (directory, node):
         key = directory / "device.key"
         key.write_text(node.admit("bench", "--voice", "slt", "--wake-word", WAKE))
-        try:
-            tell(f"{TIMES} turns without a platform")
-            async with running(directory / "offline", ours("http://127.0.0.1:9", key)) as device:
-                await turn(device, QUESTION)
-                never = [await turn(device, QUESTION) for _ in range(TIMES)]
-            killed, pulled = [], []
-            async with running(directory / "device", ours(node.url, key)) as device:
+        tell(f"{TIMES} turns without a platform")
+        async with running(directory / "offline", ours("http://127.0.0.1:9", key)) as device:
+            await turn(device, QUESTION)
+            never = [await turn(device, QUESTION) for _ in range(TIMES)]
+        killed, pulled = [], []
+        async with running(directory / "device", ours(node.url, key)) as device:
+            await device.linked()
+            await turn(device, QUESTION)
+            for n in range(TIMES):
+                tell(f"the platform is killed while somebody speaks, {n + 1} of {TIMES}")
+                killed.append(await interrupted(device, node.kill))
+                node.start()
                 await device.linked()
-                await turn(device, QUESTION)
-                for n in range(TIMES):
-                    tell(f"the platform is killed while somebody speaks, {n + 1} of {TIMES}")
-                    killed.append(await interrupted(device, node.kill))
-                    node.start()
-                    await device.linked()
-                for n in range(TIMES):
-                    tell(f"the cable is pulled while somebody speaks, {n + 1} of {TIMES}")
-                    pulled.append(await interrupted(device, node.freeze))
-                    node.thaw()
-                    await device.linked()
-                    await asyncio.sleep(1)
-        finally:
-            node.kill()
+            for n in range(TIMES):
+                tell(f"the cable is pulled while somebody speaks, {n + 1} of {TIMES}")
+                pulled.append(await interrupted(device, node.freeze))
+                node.thaw()
+                await device.linked()
+                await asyncio.sleep(1)
     against = "the same turn on a device that never had a platform, end of speech to first audio"
     base = statistics.median(never)
     detail = {"never_p50_s": round(base, 3), "times": TIMES}

@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,19 @@ class Node:
         self.process.wait(30)
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+@contextmanager
+def beside() -> Iterator[tuple[Path, Node]]:
+    """A directory for what is to be measured, and a node that runs until the block ends."""
+    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name:
+        node = Node(Path(name) / "node")
+        node.directory.mkdir()
+        node.start()
+        try:
+            yield Path(name), node
+        finally:
+            node.kill()
 
 
 def cpu(pid: int) -> float:

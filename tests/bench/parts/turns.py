@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parts.node import Node
+from parts.node import beside
 from parts.ovos import Device, running, silence, spoken
 from parts.reports import percentile, report, tell
 
@@ -54,23 +53,16 @@ async def turns(directory: Path, changes: Mapping[str, Any], count: int) -> list
 
 async def measure() -> None:
     """Print what a turn takes with our plugins, and without a platform, beyond plain ones."""
-    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name:
-        directory = Path(name)
-        node = Node(directory / "node")
-        node.directory.mkdir()
-        node.start()
-        try:
-            key = directory / "device.key"
-            key.write_text(node.admit("bench", "--voice", "slt", "--wake-word", WAKE))
-            offline = ours("http://127.0.0.1:9", key)
-            kinds = {"plain": PLAIN, "ours": ours(node.url, key), "offline": offline}
-            found: dict[str, list[float]] = {kind: [] for kind in kinds}
-            for round_ in range(ROUNDS):
-                for kind, changes in kinds.items():
-                    tell(f"{TURNS} spoken turns, {kind}, round {round_ + 1} of {ROUNDS}")
-                    found[kind] += await turns(directory / f"{kind}-{round_}", changes, TURNS)
-        finally:
-            node.stop()
+    with beside() as (directory, node):
+        key = directory / "device.key"
+        key.write_text(node.admit("bench", "--voice", "slt", "--wake-word", WAKE))
+        offline = ours("http://127.0.0.1:9", key)
+        kinds = {"plain": PLAIN, "ours": ours(node.url, key), "offline": offline}
+        found: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for round_ in range(ROUNDS):
+            for kind, changes in kinds.items():
+                tell(f"{TURNS} spoken turns, {kind}, round {round_ + 1} of {ROUNDS}")
+                found[kind] += await turns(directory / f"{kind}-{round_}", changes, TURNS)
     middle = {kind: statistics.median(times) * 1000 for kind, times in found.items()}
     detail = {f"{kind}_p50_ms": round(value, 1) for kind, value in middle.items()}
     detail |= {f"{kind}_p95_ms": round(percentile(times, 0.95) * 1000, 1) for kind, times in found.items()}

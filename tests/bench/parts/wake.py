@@ -8,55 +8,30 @@ The speech is synthesised: ten voices of flite for the phrases, and four that sa
 from __future__ import annotations
 
 import statistics
-import subprocess
-import tempfile
 import time
-import wave
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import soxr
+from parts import corpus
+from parts.corpus import RATE
 from parts.reports import report, tell
 from pymicro_wakeword import MicroWakeWord, MicroWakeWordFeatures
 
 from agentvoicebox.plugins import phrases
 from agentvoicebox.plugins.wake_word import TenantWakeWord
 
-RATE, CHUNK, TURNS = 16_000, 4_096, 9
-
-VOICES = (
-    ("slt",), ("rms",), ("awb",), ("kal16",), ("kal",),
-    ("slt", "duration_stretch=1.25"), ("rms", "duration_stretch=0.85"), ("awb", "duration_stretch=1.2"),
-    ("kal16", "int_f0_target_mean=140"), ("rms", "int_f0_target_mean=130"),
-)  # fmt: skip
-
-COMMANDS = (
-    "what time is it", "tell me a joke", "set a timer for five minutes", "what is the weather like today",
-    "turn on the living room lights", "turn off the kitchen lights", "play some jazz music", "stop the music",
-    "set the volume to fifty percent", "what is the date today", "wake me up at seven tomorrow morning",
-    "add milk to my shopping list", "who is the president of france", "how far away is the moon",
-    "what is two plus two", "remind me to call my mother", "cancel the timer", "what is your name", "good morning",
-    "thank you very much", "pause", "next song please", "what day is it", "how are you", "will it rain tomorrow",
-    "open the front door", "lock the back door", "set an alarm for six thirty", "tell me the news", "never mind",
-)  # fmt: skip
+CHUNK, TURNS = 4_096, 9
 
 
 async def measure() -> None:
     """Print the lines of the part."""
     tell("saying phrases and commands")
-    with tempfile.TemporaryDirectory(prefix="avb-bench-") as name:
-        file = Path(name) / "spoken.wav"
-        spoken = {
-            phrase: [_say(file, phrase, voice, *features) for voice, *features in VOICES]
-            for phrase in ("okay nabu", "alexa")
-        }
-        others = b"".join(_say(file, text, voice) for voice in ("slt", "rms", "awb", "kal16") for text in COMMANDS)
+    others = corpus.commands()
     _cost(others)
     _false_fires(others)
-    for phrase, each in spoken.items():
-        _recall(phrase, each)
+    for phrase in ("okay nabu", "alexa"):
+        _recall(phrase, corpus.ten_voices(phrase))
 
 
 def _cost(speech: bytes) -> None:
@@ -95,7 +70,7 @@ def _false_fires(others: bytes) -> None:
     )
 
 
-def _recall(phrase: str, spoken: list[bytes]) -> None:
+def _recall(phrase: str, spoken: Sequence[bytes]) -> None:
     ours = [_fires(_ours(phrase), pcm + bytes(2 * RATE)) > 0 for pcm in spoken]
     bare = [_fires(_Bare(phrase).hear, pcm + bytes(2 * RATE)) > 0 for pcm in spoken]
     report(
@@ -154,17 +129,3 @@ def _fires(hear: Callable[[bytes], bool], pcm: bytes) -> int:
 
 def _chunks(pcm: bytes) -> Iterator[bytes]:
     return (pcm[start : start + CHUNK] for start in range(0, len(pcm), CHUNK))
-
-
-def _say(file: Path, text: str, voice: str, *features: str) -> bytes:
-    """A voice of flite with these features changed, quarters of a second around it, with a noise floor."""
-    changed = [part for feature in features for part in ("--setf", feature)]
-    subprocess.run(["flite", "-voice", voice, *changed, "-t", text, "-o", str(file)], check=True)
-    with wave.open(str(file)) as wav:
-        rate, pcm = wav.getframerate(), wav.readframes(wav.getnframes())
-    samples = np.frombuffer(pcm, "<i2").astype(np.float32) / 32_768
-    if rate != RATE:
-        samples = soxr.resample(samples, rate, RATE)
-    samples = np.pad(samples, RATE // 4)
-    samples += np.random.default_rng(0).standard_normal(samples.size).astype(np.float32) / 1_000
-    return (np.clip(samples, -1, 1) * 32_767).astype("<i2").tobytes()
