@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -26,6 +27,9 @@ from agentvoicebox.tenancy.keyring import Grant
 from agentvoicebox.tenancy.masterkeys import MasterKeys
 from agentvoicebox.tenancy.metering import Usage
 from agentvoicebox.tenancy.models import Metric, VoiceProvider
+
+if TYPE_CHECKING:
+    from agentvoicebox.plugins.phrases import Phrase
 
 LONGEST_TEXT = 8_000
 """Characters that are spoken at once."""
@@ -106,6 +110,16 @@ async def change(
             raise
         message = error.message.replace(error.param, told, 1)
         raise BadInput(message, code=error.code, param=told) from error
+
+
+async def check_phrase(phrase: str, language: str, param: str = "phrase") -> Phrase:
+    """The wake phrase as it is kept. Raises `BadInput` with this param for one that no device could hear."""
+    from agentvoicebox.plugins import phrases
+
+    try:
+        return await asyncio.to_thread(phrases.check, phrase, language)  # which may read a dictionary
+    except BadInput as error:
+        raise BadInput(error.message, code=error.code, param=param) from error
 
 
 async def credentials(store: Database, visit: Visit) -> list[secrets.SecretInfo]:

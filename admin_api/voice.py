@@ -147,6 +147,9 @@ async def change_voice_config(request: Request, visit: Visiting, store: Store) -
     changes = schemas.changes(await schemas.read(request, VoiceChange))
     check_engines("stt", changes, "stt", "stt_fallbacks")
     check_engines("tts", changes, "tts", "tts_fallbacks")
+    if "wake_word" in changes:
+        language = changes.get("language") or (await voices.get(store, visit.tenant_id)).language
+        changes["wake_word"] = (await speech.check_phrase(changes["wake_word"], language, "wake_word")).phrase
     changed = await speech.change(store, visit, changes, {name: name for name in VoiceConfig.model_fields})
     speech.forget(request, visit)
     return VoiceConfig.model_validate(changed)

@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from msgspec import UNSET, Meta, UnsetType
 from pydantic import Field
 
-from agentvoicebox.admin_api import auth, recordings, schemas
+from agentvoicebox.admin_api import auth, recordings, schemas, speech
 from agentvoicebox.admin_api.auth import Visiting
 from agentvoicebox.admin_api.listings import Listing, Paged, View, listing
 from agentvoicebox.admin_api.schemas import Body
@@ -302,11 +302,7 @@ async def _changed(visit: Visit, store: Database, wake_word_id: uuid.UUID, chang
 
 
 async def _checked(visit: Visit, store: Database, phrase: str) -> Phrase:
-    """The phrase as it is kept. Raises `BadInput` for one that nobody could hear."""
-    from agentvoicebox.plugins import phrases
-
-    language = (await voices.get(store, visit.tenant_id)).language
-    return await asyncio.to_thread(phrases.check, phrase, language)  # which may read a dictionary
+    return await speech.check_phrase(phrase, (await voices.get(store, visit.tenant_id)).language)
 
 
 async def _heard(visit: Visit, store: Database) -> list[Awaited]:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     voice.add_argument("--voice", default="auto", help="a voice of the speech engine")
     voice.add_argument("--speed", type=float, default=1.0, help="0.5 to 2.0")
     voice.add_argument("--language", default="en-US", help="a language tag such as en-US")
-    voice.add_argument("--wake-word", default="hey mycroft")
+    voice.add_argument(
+        "--wake-word", metavar="PHRASE", help=f"what its devices listen for, else {VoiceConfig().wake_word}"
+    )
     voice.add_argument("--persona-name", default="Assistant", help="what the assistant calls itself")
     voice.add_argument("--disable-skill", action="append", default=[], metavar="ID", help="a skill that never answers")
     create.set_defaults(run=run)
@@ -75,10 +78,13 @@ def run(found: argparse.Namespace) -> int:
         voice=found.voice,
         speed=found.speed,
         language=found.language,
-        wake_word=found.wake_word,
         persona_name=found.persona_name,
         disabled_skills=tuple(found.disable_skill),
     )
+    if found.wake_word is not None:
+        from agentvoicebox.plugins import phrases
+
+        voice = replace(voice, wake_word=phrases.check(found.wake_word, voice.language).phrase)
     made = store.use(
         console.settings(found),
         lambda database: tenants.create(

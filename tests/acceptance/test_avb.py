@@ -116,6 +116,7 @@ def test_without_json_it_is_for_people(installation: Installation, node: Any, te
         (("tenant", "create", "--slug", "Acme!", "--name", "x2"), "slug"),
         (("tenant", "create", "--slug", "other", "--name", "Other", "--tier", "gold"), "tier"),
         (("tenant", "create", "--slug", "other", "--name", "Other", "--speed", "9"), "speed"),
+        (("tenant", "create", "--slug", "other", "--name", "Other", "--wake-word", "hey xqzzkw"), "xqzzkw"),
         (("tenant", "create", "--slug", "acme", "--name", "Again"), "acme"),
         (("key", "create", "--tenant", "nobody", "--name", "x"), "tenant"),
         (("key", "create", "--tenant", "acme", "--name", "x", "--scopes", "root"), "scopes"),

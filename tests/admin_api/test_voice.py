@@ -45,7 +45,7 @@ async def test_the_choices_are_read_and_changed(client: Any):
     wanted = {
         "voice": "af_sarah",
         "speed": 1.5,
-        "wake_word": "hey Jürgen",
+        "wake_word": "okay nabu",
         "disabled_skills": ["skill-date-time.openvoiceos"],
         "tts_fallbacks": ["agentvoicebox-tts-flite"],
     }
@@ -77,6 +77,23 @@ async def test_what_makes_no_sense_is_refused_by_name(client: Any):
         reply = await client.http.patch(CONFIG, json={field: value})
         assert (reply.status_code, reply.json()["error"]) == (400, "validation_error"), field
         assert list(reply.json()["details"]) == [field]
+
+
+async def test_only_what_a_device_can_hear_is_its_wake_word(client: Any):
+    before = (await client.http.get(CONFIG)).json()
+    for changes, code in (
+        ({"wake_word": "hey xqzzkw"}, "phrase_unpronounceable"),
+        ({"wake_word": "hi"}, "phrase_too_short"),
+        ({"wake_word": "?!"}, "phrase_invalid"),
+        ({"wake_word": "alexa", "language": "de-DE"}, "phrase_language"),
+    ):
+        reply = await client.http.patch(CONFIG, json=changes)
+        assert (reply.status_code, reply.json()["error"]) == (400, code)
+        assert list(reply.json()["details"]) == ["wake_word"]
+    assert (await client.http.get(CONFIG)).json() == before
+    for changes in ({"wake_word": "  Hey Computer! "}, {"wake_word": "okay nabu", "language": "de-DE"}):
+        assert (await client.http.patch(CONFIG, json=changes)).status_code == 200
+    assert (await client.http.get(CONFIG)).json()["wake_word"] == "okay nabu"
 
 
 async def test_scopes(client: Any, new_client: Any):

@@ -83,12 +83,13 @@ async def test_it_is_clear_what_devices_listen_for(client: Any):
 
 
 async def test_it_is_told_when_devices_are_deaf(client: Any):
-    """The voice configuration takes any phrase."""
-    await client.http.patch(CONFIG, json={"wake_word": "hey xqzzkw"})
+    """What they listen for may not be heard in the language that was chosen later."""
+    await client.http.patch(CONFIG, json={"wake_word": "hey jarvis"})
+    await client.http.patch(CONFIG, json={"language": "de-DE"})
     (told,) = (await client.http.get(WORDS)).json()["heard"]
-    assert told["phrase"] == "hey xqzzkw"
-    assert "xqzzkw" in told["problem"]
-    await made(client)
+    assert told["phrase"] == "hey jarvis"
+    assert "okay nabu" in told["problem"]
+    await made(client, "okay nabu")
     assert [each["problem"] for each in (await client.http.get(WORDS)).json()["heard"]] == [""]
 
 
