@@ -476,6 +476,8 @@ class Bus:
             said = _SPEAK.decode(message.data)
             if said.expect_response:
                 self._turns.pop(turn_id, None)
+                if turn_id == line.asker:
+                    self._end_reply(line)
                 line.asker = turn_id
             line.tell(ev.Spoke(turn_id, said.utterance, said.expect_response, _is_apology(said.meta)))
         elif kind == "mycroft.skill.handler.start":
@@ -486,12 +488,16 @@ class Bus:
             self._turnstile.leave(turn_id)
             if turn_id == line.asker:
                 line.asker = ""
-                self._turns.pop(line.turn_id, None)  # the reply to the question, which core ends with this
-                if line.turn_id in self._turnstile.inside:
-                    self._turnstile.leave(line.turn_id)
+                self._end_reply(line)
             line.tell(ev.Handled(turn_id))
         elif turn_id in self._turns:
             line.tell(ev.Progressed(turn_id))
+
+    def _end_reply(self, line: Line) -> None:
+        """The reply to a question is done with: core does not end it, but what has asked."""
+        self._turns.pop(line.turn_id, None)
+        if line.turn_id in self._turnstile.inside:
+            self._turnstile.leave(line.turn_id)
 
     def _hear_canary(self, frame: bytes) -> None:
         try:

@@ -37,6 +37,9 @@ LONGEST_BUFFER = 300.0
 READING = 0.1
 """Seconds after which written text counts as played."""
 
+LAST_REMINDER = 3.2
+"""Seconds between the last two times that this is told to whoever may not have listened yet."""
+
 MOST_OPEN = 4
 """Utterances of a session that may be recognised or wait for an answer at the same time."""
 
@@ -65,6 +68,7 @@ class Session:
         "_out",
         "_playing_turn",
         "_playing_until",
+        "_remind_after",
         "_returned",
         "_speaking",
         "_turn",
@@ -89,6 +93,8 @@ class Session:
         self._last_item: str | None = None
         self._playing_until: float | None = None
         self._playing_turn = ""
+        self._remind_after = 0.0
+        """Seconds after which the end of playback is told once more; 0 where it need not be."""
         self._calls: dict[str, None] | None = None
         """Calls of the conversation that have returned nothing yet, oldest first."""
         self._returned = False
@@ -482,6 +488,7 @@ class Session:
             # Nothing is played. A handler that waits for the end of playback is told; one that has ended needs no word.
             self._playing_until = now if turn.listens else now + READING
             self._playing_turn = turn.id
+            self._remind_after = READING
 
     def _wrote(self, event: ev.Wrote, now: float) -> None:
         if event.text and (turn := self._current(event.turn_id)):
@@ -507,8 +514,9 @@ class Session:
             seconds = len(event.pcm) / 2 / event.rate
             turn.stamp(Stamp.FIRST_AUDIO, now)
             turn.audio_seconds += seconds
-            self._playing_until = max(self._playing_until or now, now) + seconds
-            self._playing_turn = turn.id
+            playing = self._playing_until if not self._remind_after else None
+            self._playing_until = max(playing or now, now) + seconds
+            self._playing_turn, self._remind_after = turn.id, 0.0
             self._out.append(ev.ReplyAudio(turn.id, event.pcm, event.rate))
         if event.more:
             turn.deadline = now + ENGINE_SILENCE
@@ -532,7 +540,7 @@ class Session:
             turn.handled = True
             turn.tokens = event.tokens
             if not turn.speaks and self._playing_turn == turn.id:
-                self._playing_until = None
+                self._playing_until, self._remind_after = None, 0.0
             self._settle_if_complete(turn, now)
 
     def _ask_failed(self, event: ev.AskFailed, now: float) -> None:
@@ -639,7 +647,12 @@ class Session:
 
     def _time_passed(self, event: ev.TimePassed, now: float) -> None:
         if self._playing_until is not None and now >= self._playing_until:
+            again = self._remind_after
             self._stop_playback()
+            if 0 < again <= LAST_REMINDER:
+                # Stock handlers begin to listen for it after they have spoken: on a busy machine what was told at once
+                # is missed, and they wait 15 s.
+                self._playing_until, self._remind_after = now + again, again * 2
         turn = self._turn
         if turn is None or now < turn.deadline:
             return
@@ -705,7 +718,7 @@ class Session:
 
     def _stop_playback(self) -> None:
         if self._playing_until is not None:
-            self._playing_until = None
+            self._playing_until, self._remind_after = None, 0.0
             self._out.append(ev.PlaybackEnded(self._playing_turn))
 
     def _forget_input(self) -> None:

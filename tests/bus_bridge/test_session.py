@@ -16,6 +16,7 @@ from agentvoicebox.bus_bridge.models import SessionSettings, Stamp, Tokens, Turn
 from agentvoicebox.bus_bridge.session import (
     CORE_SILENCE,
     ENGINE_SILENCE,
+    LAST_REMINDER,
     LONGEST_BUFFER,
     MODEL_SILENCE,
     MOST_OPEN,
@@ -666,6 +667,34 @@ def test_a_handler_that_waits_for_playback_of_written_text_goes_on():
     told(ev.Spoke(turn, "Bye."))
     told(ev.Handled(turn))
     assert told(ev.TimePassed(), READING) == [], "one that has ended needs no word"
+
+
+def test_a_handler_that_listens_late_for_the_end_of_playback_is_told_again():
+    """Stock skills begin to listen for it after they have spoken, and wait 15 s if it was told before that."""
+    told = Told(TEXT_ONLY)
+    told(ev.TextAdded("hello"))
+    told(ev.ResponseWanted())
+    turn = told.last(ev.ReplyStarted).turn_id
+    told(ev.Spoke(turn, "Did you mean Vienna?", expects_response=True))
+    assert told(ev.TimePassed(), 0.0)[-1] == ev.PlaybackEnded(turn)
+    waits = []
+    while told.session.deadline is not None:
+        waits.append(told.session.deadline - told.now)
+        assert told(ev.TimePassed(), waits[-1])[-1] == ev.PlaybackEnded(turn)
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, LAST_REMINDER])
+
+
+def test_who_has_answered_a_question_is_not_told_of_the_older_ones():
+    told = Told(TEXT_ONLY)
+    for text in ("Did you mean Vienna?", "Did you mean Venice?"):
+        told(ev.TextAdded("yes"))
+        told(ev.ResponseWanted())
+        turn = told.last(ev.ReplyStarted).turn_id
+        told(ev.Spoke(turn, text, expects_response=True))
+        told(ev.Metered(turn))
+        assert told(ev.TimePassed(), 0.0) == [ev.PlaybackEnded(turn)]
+    assert told(ev.TimePassed(), 0.1) == [ev.PlaybackEnded(turn)]
+    assert told(ev.TimePassed(), 0.05) == []
 
 
 def test_the_end_of_a_session_ends_everything():

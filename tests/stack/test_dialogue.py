@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agentvoicebox.bus_bridge import client
+from agentvoicebox.bus_bridge.bus import MOST_ABANDONED
 
 
 async def test_a_skill_asks_back_and_hears_the_reply(stack: Any, customer: Any):
@@ -17,6 +18,14 @@ async def test_a_skill_asks_back_and_hears_the_reply(stack: Any, customer: Any):
         assert last.error is None
         assert last.text
         assert "Ada" in (await session.write("who am i talking to")).text, "and it does not wait any more"
+
+
+async def test_dialogues_with_several_questions_leave_nothing_behind(stack: Any, customer: Any):
+    """Core ends such a dialogue with its first question: the replies in between are not left over for it to work on."""
+    for _ in range(MOST_ABANDONED + 1):
+        async with client.session(stack.url, customer.key, {"modality": "text"}) as session:
+            for text in ("what time is it in springfield", "yes", "no"):
+                assert (await session.write(text)).error is None
 
 
 async def test_a_spoken_dialogue_waits_for_playback(stack: Any, customer: Any, speech: Any):
