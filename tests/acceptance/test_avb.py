@@ -227,30 +227,43 @@ def test_the_operator_key_is_private(installation: Installation, node: Any):
 
 
 def family(pid: int) -> list[psutil.Process]:
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
+    """The process and all below it, with what they were called as in `info["cmdline"]`.
+
+    Not `children()`: that compares times of start, which move with the clock.
+    """
+    everyone = list(psutil.process_iter(["ppid", "cmdline"]))
+    pids: set[int] = set()
+    grown = {pid}
+    while grown:
+        pids |= grown
+        grown = {process.pid for process in everyone if process.info["ppid"] in grown} - pids
+    return [process for process in everyone if process.pid in pids]
 
 
 def test_killing_it_leaves_nothing_running(tmp_path: Path):
     installation = Installation(tmp_path)
-    process = installation.start("up", "--port", "0", stderr=subprocess.DEVNULL)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready ")
-    members = family(process.pid)
-    names = " ".join(" ".join(member.cmdline()) for member in members)
+    with installation.start("up", "--port", "0", stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("ready ")
+            members = family(process.pid)
+        finally:
+            process.kill()
+    names = " ".join(" ".join(member.info["cmdline"] or ()) for member in members)
     assert "postgres" in names
     assert "core" in names
-    process.kill()
-    process.communicate()
     _, alive = psutil.wait_procs(members, timeout=15)
-    assert not alive, [member.cmdline() for member in alive]
+    assert not alive, [member.info["cmdline"] for member in alive]
     # And the directory is good for another start.
-    again = installation.start("up", "--port", "0", stderr=subprocess.DEVNULL)
-    assert again.stdout is not None
-    assert again.stdout.readline().startswith("ready ")
-    again.terminate()
-    again.communicate(timeout=30)
-    assert again.returncode == 0
+    errors = tmp_path / "stderr"
+    with errors.open("w") as file, installation.start("up", "--port", "0", stderr=file) as again:
+        try:
+            assert again.stdout is not None
+            assert again.stdout.readline().startswith("ready "), errors.read_text()
+            again.terminate()
+            assert again.wait(timeout=30) == 0, errors.read_text()
+        finally:
+            again.kill()
 
 
 def test_the_demo(tmp_path: Path):
