@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from agentvoicebox.config.errors import AvbError
+from agentvoicebox.config.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,7 @@ class Housekeeping:
 
     async def close(self) -> None:
         """Stop, in the middle if need be: tasks are transactions."""
-        for running in self._running:
-            running.cancel()
-        for running in self._running:
-            with suppress(asyncio.CancelledError):
-                await running
+        await end(*self._running)
         self._running = []
 
 

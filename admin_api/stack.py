@@ -10,7 +10,7 @@ import secrets
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from agentvoicebox.bus_bridge.wire import MAX_FRAME
 from agentvoicebox.config import ovos
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
 from agentvoicebox.config.settings import Settings
+from agentvoicebox.config.tasks import end
 from agentvoicebox.plugins import models
 from agentvoicebox.plugins.chat import Chats
 from agentvoicebox.plugins.chat.solvers import Solvers
@@ -153,7 +154,7 @@ class Stack:
         self._exit.push_async_callback(bus.close)
         await bus.connect(cell.url)
         keeper = asyncio.create_task(keep(cell, bus))
-        self._exit.push_async_callback(_cancelled, keeper)
+        self._exit.push_async_callback(end, keeper)
         return name, bus
 
     async def _open_store(self) -> None:
@@ -163,7 +164,7 @@ class Stack:
             self._exit.callback(self.postgres.stop)
             self.postgres.start()
             keeper = asyncio.create_task(self.postgres.keep())
-            self._exit.push_async_callback(_cancelled, keeper)
+            self._exit.push_async_callback(end, keeper)
             address: stores.Address = self.postgres.url
         else:
             self._tell("connecting to the store")
@@ -192,7 +193,7 @@ class Stack:
         )
         self._exit.push_async_callback(self._answers.close)
         loading = asyncio.create_task(chats.load(self._answers.platform_providers))
-        self._exit.push_async_callback(_cancelled, loading)
+        self._exit.push_async_callback(end, loading)
 
     async def _load_engines(self) -> None:
         settings = self.settings
@@ -440,12 +441,6 @@ def owned(data: Path) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError, AvbError):
-        await task
 
 
 def _create_private(data: Path) -> None:

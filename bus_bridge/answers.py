@@ -30,6 +30,7 @@ from agentvoicebox.bus_bridge import talk as talks
 from agentvoicebox.bus_bridge.talk import Reset, Switch, Talk
 from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Unavailable
 from agentvoicebox.config.settings import Settings
+from agentvoicebox.config.tasks import end
 from agentvoicebox.plugins.chat import ChatMetrics, Chats, Delta, Endpoint, Request, Tokens
 from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.tenancy import models, personas, secrets
@@ -567,10 +568,7 @@ class _Recent:
 
     async def close(self) -> None:
         """Stop reading."""
-        renewing = list(self._renewing.values())
-        for task in renewing:
-            task.cancel()
-        await asyncio.gather(*renewing, return_exceptions=True)
+        await end(*self._renewing.values())
 
 
 async def _owned(session: AsyncSession) -> frozenset[str]:

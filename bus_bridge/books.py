@@ -241,7 +241,8 @@ class _Meter:
         try:
             while self._due or self._owed:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), SOON)
+                    async with asyncio.timeout(SOON):
+                        await self._closing.wait()
                 if here:
                     self._collect(time.monotonic())
                 here = await self._record()
@@ -385,7 +386,8 @@ class Books:
         try:
             while self._waiting or self._heard or self._ended:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), SOON)
+                    async with asyncio.timeout(SOON):
+                        await self._closing.wait()
                 await self._write()
                 if self._closing.is_set():
                     await asyncio.sleep(0.05)  # a store that is away may refuse at once

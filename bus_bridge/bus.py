@@ -342,7 +342,8 @@ class Bus:
         self._canaries[nonce] = asyncio.get_running_loop().create_future()
         self._send(cells.question(nonce))
         try:
-            await asyncio.wait_for(self._canaries[nonce], CANARY)
+            async with asyncio.timeout(CANARY):
+                await self._canaries[nonce]
         except (TimeoutError, asyncio.CancelledError):
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise

@@ -19,6 +19,7 @@ import websockets
 
 from agentvoicebox.config import ovos
 from agentvoicebox.config.errors import AvbError, Unavailable
+from agentvoicebox.config.tasks import end
 
 Tell = Callable[[str], None]
 
@@ -107,7 +108,8 @@ class Cell:
                 if grace and process.returncode is None:
                     process.terminate()
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(process.wait(), grace)
+                        async with asyncio.timeout(grace):
+                            await process.wait()
         finally:
             for process in processes.values():
                 with suppress(ProcessLookupError):
@@ -176,9 +178,7 @@ class Cell:
                 raise self._failure(reason, reason.partition(" ")[0])
             await tasks[0]
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
 
     def _errors(self, service: str) -> Path:
         return self.directory / "logs" / f"{service}.errors"

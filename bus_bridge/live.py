@@ -15,6 +15,7 @@ from typing import Protocol
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.door import Credential, Door
 from agentvoicebox.config.errors import AvbError, Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy.keyring import Grant
 
 log = logging.getLogger(__name__)
@@ -152,12 +153,8 @@ class Live:
 
     async def close(self) -> None:
         """Stop looking after visits."""
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-        for check in self._checks:
-            check.cancel()
-        await asyncio.gather(*self._checks, return_exceptions=True)
+        watching = [] if self._watch is None else [self._watch]
+        await end(*watching, *self._checks)
 
     # --- credentials that die or change -------------------------------------------------------------------------------
 

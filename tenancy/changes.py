@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -14,6 +13,7 @@ from typing import Any
 import psycopg
 
 from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy import roles
 from agentvoicebox.tenancy.database import Database, translated
 from agentvoicebox.tenancy.models import ChangeKind
@@ -102,9 +102,7 @@ class Feed:
     async def close(self) -> None:
         """Stop following; nothing is fresh any more."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
         self.fresh_until = 0.0
 

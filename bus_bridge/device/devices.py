@@ -17,6 +17,7 @@ from agentvoicebox.bus_bridge.device.talks import Talks
 from agentvoicebox.bus_bridge.outbox import Outbox
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.config.errors import AvbError, NotFound
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy import devices, personas
 from agentvoicebox.tenancy.changes import Change
 from agentvoicebox.tenancy.keyring import Grant
@@ -108,9 +109,7 @@ class Devices:
         if self._sweeping is not None:
             self._sweeping.cancel()
         tasks = [home.task for home in self._homes.values() if home.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
 
     # --- who comes and goes -------------------------------------------------------------------------------------------
 

@@ -94,9 +94,8 @@ class Solvers:
         breaker = solver.breaker(tenant)
         breaker.admit()
         try:
-            answer = await asyncio.wait_for(
-                asyncio.wrap_future(solver.ask(question[:LONGEST_QUESTION], language, tenant)), deadline
-            )
+            async with asyncio.timeout(deadline):
+                answer = await asyncio.wrap_future(solver.ask(question[:LONGEST_QUESTION], language, tenant))
         except TimeoutError:
             (breaker.failed if solver.ready else breaker.undecided)()
             message = f"The solver {name} took longer than {deadline:g} s; ask again, or without it."

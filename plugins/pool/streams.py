@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from agentvoicebox.config.errors import AvbError, Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.plugins.pool import entries, wire
 from agentvoicebox.plugins.pool.entries import AGAIN, AWAY, BEGIN, BLOCK, GROUP, KINDS, SEEN, present, stream
 from agentvoicebox.plugins.pool.line import Crowded, closing
@@ -141,9 +142,7 @@ class Streams:
             job.answers.put_nowait(wire.Failure.of(closing()))
             self._spawn(self._withdraw(job))
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for task in self._loops:
-            task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await end(*self._loops)
         with suppress(*AWAY):
             await self._redis.delete(self._answers_at)
         await entries.disconnect(self._redis)

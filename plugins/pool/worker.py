@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from redis.exceptions import ResponseError
 
 from agentvoicebox.config.errors import AvbError, Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.plugins.pool import Pool, entries, wire
 from agentvoicebox.plugins.pool.entries import AGAIN, AWAY, BLOCK, GROUP, KINDS, stream
 from agentvoicebox.plugins.pool.runner import RATE, EngineSpec, Heard, Loaded, Runner, Transcript
@@ -103,8 +104,7 @@ class Worker:
                 await asyncio.wait(works)
         finally:
             self._ended = True
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
+            await end(renewing)
             await self._leave()
 
     def stop(self) -> None:

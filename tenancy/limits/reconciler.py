@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 
 from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy.limits.limiter import Limiter
 from agentvoicebox.tenancy.state import SharedState
 
@@ -33,9 +33,7 @@ class Reconciler:
     async def close(self) -> None:
         """Tell the last, and end."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
             self._task = None
             await self.once()
 

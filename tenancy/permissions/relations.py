@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
@@ -14,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy.changes import Change, Feed
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.models import PLATFORM, ChangeKind, Role
@@ -116,10 +116,7 @@ class Relations:
 
     async def close(self) -> None:
         """Stop what is being read."""
-        for load in tuple(self._running):
-            load.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await load
+        await end(*self._running)
 
     def _changed(self, change: Change) -> None:
         if change.kind == ChangeKind.RELATIONS:

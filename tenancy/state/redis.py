@@ -17,6 +17,7 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as AnswerTimeout
 
 from agentvoicebox.config.errors import BadInput, Unavailable
+from agentvoicebox.config.tasks import end
 from agentvoicebox.tenancy.state import DEBT, HOUR_MINUTES, LEASE, Standing, Use
 from agentvoicebox.tenancy.state.local import LocalState
 
@@ -194,9 +195,7 @@ class RedisState:
 
     async def close(self) -> None:
         """Let go of Redis; this node's sessions end with their lease."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 

@@ -226,6 +226,17 @@ async def test_a_lost_bus_fails_the_turns_in_flight_and_refuses_new_ones(bus: Bu
     assert await bus.canary() is False
 
 
+async def test_a_canary_that_is_given_up_as_it_answers_is_given_up(bus: Bus, core: Core):
+    """Whoever ends the keeper of a cell waits until it is over."""
+    canary = asyncio.create_task(bus.canary())
+    await core.next("recognizer_loop:utterance")
+    (answered,) = bus._canaries.values()
+    answered.set_result(None)
+    canary.cancel()
+    await asyncio.wait([canary])
+    assert canary.cancelled()
+
+
 async def test_a_turn_that_stays_in_matching_lets_others_in_after_a_while(
     bus: Bus, core: Core, monkeypatch: pytest.MonkeyPatch
 ):
