@@ -231,6 +231,7 @@ def family(pid: int) -> list[psutil.Process]:
 
     Not `children()`: that compares times of start, which move with the clock.
     """
+    psutil.process_iter.cache_clear()  # it leaves out whoever has got the number of one that it knew
     everyone = list(psutil.process_iter(["ppid", "cmdline"]))
     pids: set[int] = set()
     grown = {pid}
