@@ -22,6 +22,7 @@ from ovos_config.config import Configuration
 from ovos_plugin_manager.templates.pipeline import IntentHandlerMatch, PipelinePlugin
 from ovos_utils.log import LOG
 
+from agentvoicebox.config.tasks import end
 from agentvoicebox.plugins import askers, node
 from agentvoicebox.plugins.askers import Asker, Turn
 from agentvoicebox.plugins.clauses import Sentences, speakable
@@ -138,10 +139,7 @@ class Persona(PipelinePlugin):  # type: ignore[misc]
                 task.cancel()
 
     async def _hang_up(self) -> None:
-        tasks = list(self._answers.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._answers.values())
         await asyncio.sleep(0)  # the connections close in the next round
 
 

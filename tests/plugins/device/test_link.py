@@ -219,26 +219,29 @@ def test_choices_come_live_and_are_kept(
     assert again.choices.persona == "Bo"
 
 
-def test_a_platform_says_nothing_new_to_whom_it_is_not(
-    new_link: Any, platform: Any, until: Callable[..., Any], tmp_path: Path
-) -> None:
+@pytest.fixture
+def kept(new_link: Any, platform: Any, until: Callable[..., Any], tmp_path: Path) -> Choices:
+    """What a link of before was told and has kept."""
     platform.choices = ACME
     link = new_link()
     until(lambda: (tmp_path / "state" / "choices.json").exists())
     link.close()
+    return ACME
+
+
+def test_a_platform_says_nothing_new_to_whom_it_is_not(
+    kept: Choices, new_link: Any, platform: Any, until: Callable[..., Any]
+) -> None:
     again = new_link()
     until(lambda: again.state is State.UP)
-    assert platform.told(wire.Hello)[-1].have == ACME.etag
-    assert again.choices == ACME
+    assert platform.told(wire.Hello)[-1].have == kept.etag
+    assert again.choices == kept
 
 
+@pytest.mark.usefixtures("kept")
 def test_choices_of_another_keys_tenant_are_not_used(
     new_link: Any, platform: Any, until: Callable[..., Any], tmp_path: Path
 ) -> None:
-    platform.choices = ACME
-    link = new_link()
-    until(lambda: (tmp_path / "state" / "choices.json").exists())
-    link.close()
     platform.choices = None
     (tmp_path / "device.key").write_text("avb_" + "o" * 43)
     again = new_link()
