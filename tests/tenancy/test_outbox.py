@@ -231,6 +231,17 @@ async def test_windows_that_make_no_sense(database: Database) -> None:
             await outbox.seal(database, seconds)
 
 
+async def sealed(database: Database) -> None:
+    """Seal as housekeeping does: again when a writer has held the ledger for longer than a sealer may wait for it."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await outbox.seal(database)
+                return
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_outbox_and_ledger_agree_whatever_happens_at_once(
     database: Database,
@@ -256,7 +267,7 @@ async def test_outbox_and_ledger_agree_whatever_happens_at_once(
 
     async def seal() -> None:
         while writing:
-            await outbox.seal(database)
+            await sealed(database)
             await asyncio.sleep(chance.uniform(0, 0.02))
 
     async def tell(limit: int) -> int:
@@ -278,7 +289,7 @@ async def test_outbox_and_ledger_agree_whatever_happens_at_once(
             group.create_task(work)
         await asyncio.gather(*(write(ledger) for ledger in (*ledgers, *ledgers)))
         writing = False
-    await outbox.seal(database)
+    await sealed(database)
     while (await outbox.backlog(database)).count:
         await tell(1000)
         await asyncio.sleep(0.01)
@@ -338,7 +349,7 @@ async def test_kill_9_of_sealers_loses_and_doubles_nothing(
         await asyncio.gather(sealer(), sealer())
     killing = False
     await writers
-    assert await outbox.seal(database) >= 0
+    await sealed(database)
     assert await differences(admin) == []
 
 
