@@ -137,7 +137,7 @@ class Stack:
             buses = dict(await asyncio.gather(*starting))
         except BaseException:
             for task in starting:
-                task.cancel()
+                task.cancel()  # once: their processes are waited for
             await asyncio.gather(*starting, return_exceptions=True)
             raise
         await self._serve(Cells(buses))

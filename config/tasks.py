@@ -13,6 +13,7 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
     """Cancel the tasks and return when they are over, however they ended.
 
     One `cancel` is not always enough: where a wait ends in the same moment, the task may never hear of it, and goes on.
+    So they are told every 5 s; what may take longer to clean up is not to be ended with this.
     """
     left = [task for task in tasks if not task.done()]
     while left:

@@ -48,7 +48,7 @@ async def _serve(settings: Settings) -> None:
         stop = asyncio.create_task(stopping.wait())
         await asyncio.wait([starting, stop], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            starting.cancel()
+            starting.cancel()  # once: it stops all that it has started, however long that takes
             await asyncio.gather(starting, return_exceptions=True)
             return
         starting.result()
