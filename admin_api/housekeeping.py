@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from agentvoicebox.config.errors import AvbError
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Housekeeping:
 
     def start(self) -> None:
         """Begin."""
-        self._running = [asyncio.create_task(_repeat(task), name=task.name) for task in self._tasks]
+        self._running = [begin(_repeat(task), task.name) for task in self._tasks]
 
     async def close(self) -> None:
         """Stop, in the middle if need be: tasks are transactions."""

@@ -35,7 +35,7 @@ from agentvoicebox.bus_bridge.wire import MAX_FRAME
 from agentvoicebox.config import ovos
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
 from agentvoicebox.config.settings import Settings
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.plugins import models
 from agentvoicebox.plugins.chat import Chats
 from agentvoicebox.plugins.chat.solvers import Solvers
@@ -153,7 +153,7 @@ class Stack:
         bus = Bus()
         self._exit.push_async_callback(bus.close)
         await bus.connect(cell.url)
-        keeper = asyncio.create_task(keep(cell, bus))
+        keeper = begin(keep(cell, bus), f"keeper of {name}")
         self._exit.push_async_callback(end, keeper)
         return name, bus
 
@@ -163,7 +163,7 @@ class Stack:
             self.postgres = Postgres(self.settings.data)
             self._exit.callback(self.postgres.stop)
             self.postgres.start()
-            keeper = asyncio.create_task(self.postgres.keep())
+            keeper = begin(self.postgres.keep(), "keeper of the store")
             self._exit.push_async_callback(end, keeper)
             address: stores.Address = self.postgres.url
         else:
@@ -192,7 +192,7 @@ class Stack:
             self.database, self._keys, chats, self._solvers, self._ledger, settings, spent=self._books.count
         )
         self._exit.push_async_callback(self._answers.close)
-        loading = asyncio.create_task(chats.load(self._answers.platform_providers))
+        loading = begin(chats.load(self._answers.platform_providers), "providers")
         self._exit.push_async_callback(end, loading)
 
     async def _load_engines(self) -> None:

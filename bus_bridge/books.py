@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from typing import ClassVar, NamedTuple
 
 from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Unavailable
+from agentvoicebox.config.tasks import begin
 from agentvoicebox.tenancy import sessions
 from agentvoicebox.tenancy.database import Database
 from agentvoicebox.tenancy.keyring import Grant
@@ -203,7 +204,7 @@ class _Meter:
         session.due = now + MINUTE
         self._due.append(session)
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="meter")
+            self._task = begin(self._run(), "meter")
 
     def find(self, key: _Key) -> SessionBooks | None:
         """The books of a session whose time runs."""
@@ -380,7 +381,7 @@ class Books:
 
     def _hurry(self) -> None:
         if self._writer is None:
-            self._writer = asyncio.create_task(self._write_soon())
+            self._writer = begin(self._write_soon(), "books")
 
     async def _write_soon(self) -> None:
         try:

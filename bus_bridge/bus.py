@@ -21,7 +21,8 @@ from websockets.frames import Frame, Opcode
 from agentvoicebox.bus_bridge import cells
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.turnstile import Turnstile
-from agentvoicebox.config.errors import Unavailable
+from agentvoicebox.config.errors import Unavailable, unexpected
+from agentvoicebox.config.tasks import begin
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +142,8 @@ def _tell(line: Line, event: ev.Event) -> None:
     try:
         line.tell(event)
         line.settle()
-    except Exception:
-        log.exception("a session could not go on")
+    except Exception as error:
+        log.error("a session could not go on: %s", unexpected(error))
 
 
 def _later(line: Line, event: ev.Event) -> None:
@@ -251,7 +252,7 @@ class Bus:
         assert isinstance(socket, _Connection)
         socket.hear = self._hear
         self._socket = socket
-        self._reader = asyncio.create_task(self._read(socket))
+        self._reader = begin(self._read(socket), "messagebus")
 
     async def close(self) -> None:
         """Leave the bus; turns in flight fail."""
@@ -427,15 +428,15 @@ class Bus:
                 try:
                     if (line := self._route(message)) is not None:
                         told.add(line)
-                except Exception:  # one session's trouble is not the others'
-                    log.exception("a bus message could not be delivered")
+                except Exception as error:  # one session's trouble is not the others'
+                    log.error("a bus message could not be delivered: %s", unexpected(error))
             elif self._canaries and b'"avb_canary"' in message:
                 self._hear_canary(message)
         for line in told:
             try:
                 line.settle()
-            except Exception:
-                log.exception("a session could not go on")
+            except Exception as error:
+                log.error("a session could not go on: %s", unexpected(error))
 
     def _route(self, frame: bytes) -> Line | None:
         try:

@@ -31,7 +31,7 @@ from agentvoicebox.bus_bridge.connection import Receive
 from agentvoicebox.bus_bridge.door import Door, Scope
 from agentvoicebox.bus_bridge.outbox import Send
 from agentvoicebox.bus_bridge.talk import Talk
-from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Refused, TooLarge
+from agentvoicebox.config.errors import AvbError, BadInput, NotFound, Refused, TooLarge, unexpected
 from agentvoicebox.plugins.chat import Delta, Tokens
 from agentvoicebox.plugins.chat.pieces import Pieces
 from agentvoicebox.tenancy import keys, limits
@@ -527,9 +527,7 @@ async def _guarded(call: _Call, serving: Awaitable[None]) -> None:
         pass
     except Exception as error:
         if not isinstance(error, AvbError):
-            log.error(
-                "a chat request failed unexpectedly: %s", type(error).__name__
-            )  # its text may hold what was asked
+            log.error("a chat request failed unexpectedly: %s", unexpected(error))
             error = AvbError("Something went wrong on our side; try again.")
         if call.begun:
             _, _, body = door.refusal(error, openai=True)

@@ -19,7 +19,7 @@ from agentvoicebox.bus_bridge.outbox import Outbox
 from agentvoicebox.bus_bridge.session import ENGINE_SILENCE, Out, Session
 from agentvoicebox.bus_bridge.vad import STREAMS, VadStream
 from agentvoicebox.bus_bridge.wire import WireError
-from agentvoicebox.config.errors import AvbError
+from agentvoicebox.config.errors import AvbError, unexpected
 from agentvoicebox.tenancy.limits import SOCKET_AUDIO, SOCKET_MESSAGES, Budget
 
 log = logging.getLogger(__name__)
@@ -402,5 +402,5 @@ def _failure(error: Exception, what: str) -> tuple[str, str]:
         return error.code, error.message
     if isinstance(error, TimeoutError):
         return f"{what}_timeout", f"There was no result within {ENGINE_SILENCE:.0f} s."
-    log.error("unexpected failure of %s: %s", what, type(error).__name__, exc_info=error if what == "store" else None)
+    log.error("unexpected failure of %s: %s", what, unexpected(error))
     return "internal_error", "Something went wrong on our side."

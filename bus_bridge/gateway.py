@@ -41,7 +41,7 @@ from agentvoicebox.bus_bridge.session import Session
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
 from agentvoicebox.bus_bridge.wire import Clock
-from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Unavailable
+from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Unavailable, unexpected
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins.device import wire
 from agentvoicebox.tenancy import personas, sessions, voices
@@ -428,7 +428,7 @@ class Gateway:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a session's work failed unexpectedly", exc_info=error)
+            log.error("a session's work failed unexpectedly: %s", unexpected(error))
 
 
 def identifiers(session_id: uuid.UUID) -> Callable[[str], str]:

@@ -15,7 +15,7 @@ from typing import Protocol
 from agentvoicebox.bus_bridge import events as ev
 from agentvoicebox.bus_bridge.door import Credential, Door
 from agentvoicebox.config.errors import AvbError, Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.tenancy.keyring import Grant
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Live:
         self._keys.setdefault(tenant_id, set()).add(key_id)
         self._arm(visit)
         if self._watch is None:
-            self._watch = asyncio.create_task(self._look_after(), name="live")
+            self._watch = begin(self._look_after(), "live")
         try:
             yield
         finally:
@@ -175,7 +175,7 @@ class Live:
             self._spawn_check(list(visits))
 
     def _spawn_check(self, visits: list[Visit], after: float = 0.0) -> None:
-        task = asyncio.create_task(self._check_all(visits, after))
+        task = begin(self._check_all(visits, after), "credentials")
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 

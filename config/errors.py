@@ -13,6 +13,8 @@ AvbError
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -90,3 +92,11 @@ class Unavailable(AvbError):
 
     status = 503
     default_code = "service_unavailable"
+
+
+def unexpected(error: BaseException) -> str:
+    """What a log may say of an error that nobody expected, as in "KeyError at house.py:112": its type and where it was
+    raised. Never its text, which may quote what was read or said."""
+    places = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(places[-1].filename).name}:{places[-1].lineno}" if places else "nowhere"
+    return f"{type(error).__name__} at {where}"

@@ -1,12 +1,31 @@
-"""How background tasks are ended."""
+"""How background tasks begin and end."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from agentvoicebox.config.errors import unexpected
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _AGAIN = 5.0
 """Seconds that a task has for its cleaning up, before it is taken not to have noticed."""
+
+
+def begin(work: Coroutine[Any, Any, Result], name: str) -> asyncio.Task[Result]:
+    """Start a task that nobody awaits before it is ended. If it fails by then, that is logged at once."""
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_ended)
+    return task
+
+
+def _ended(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the background task %s has failed: %s", task.get_name(), unexpected(error))
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:

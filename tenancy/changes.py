@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.tenancy import roles
 from agentvoicebox.tenancy.database import Database, translated
 from agentvoicebox.tenancy.models import ChangeKind
@@ -94,10 +94,12 @@ class Feed:
         connection = await self._listen()
         try:
             await self._look(connection)
+            # What ended before now but began no earlier than a transaction that goes on is seen again and again.
+            await self._look(connection, tell=False)
         except BaseException:
             await connection.close()
             raise
-        self._task = asyncio.create_task(self._follow(connection), name="changes")
+        self._task = begin(self._follow(connection), "changes")
 
     async def close(self) -> None:
         """Stop following; nothing is fresh any more."""
@@ -144,7 +146,7 @@ class Feed:
             if connection is not None:
                 await connection.close()
 
-    async def _look(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    async def _look(self, connection: psycopg.AsyncConnection[Any], *, tell: bool = True) -> None:
         looked_at = time.monotonic()
         self._hint.clear()  # what is notified from here on may be too late for this look
         with translated():
@@ -153,7 +155,7 @@ class Feed:
         self._since = rows[0][0]
         lines = {(row[3], row[1]): Change(_kind(row[2]), row[3], row[4]) for row in rows if row[1] is not None}
         for number, change in lines.items():
-            if number not in self._told:
+            if tell and number not in self._told:
                 self._report(change)
         self._told = frozenset(lines)
         self.fresh_until = looked_at + _LEASE

@@ -16,6 +16,7 @@ from psycopg import errors, pq
 from sqlalchemy import ColumnElement, case, func, select
 
 from agentvoicebox.config.errors import BadInput, Unavailable
+from agentvoicebox.config.tasks import begin
 from agentvoicebox.tenancy import roles
 from agentvoicebox.tenancy.database import Database, translated
 from agentvoicebox.tenancy.models import GAUGES, Metric, UsageMinute
@@ -116,7 +117,7 @@ class Ledger:
         counted = asyncio.get_running_loop().create_future()
         self._queue.append((usages, counted))
         if self._writer is None:
-            self._writer = asyncio.create_task(self._write(), name="ledger")
+            self._writer = begin(self._write(), "ledger")
         await counted
 
     async def close(self) -> None:

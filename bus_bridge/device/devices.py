@@ -17,7 +17,7 @@ from agentvoicebox.bus_bridge.device.talks import Talks
 from agentvoicebox.bus_bridge.outbox import Outbox
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.config.errors import AvbError, NotFound
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.tenancy import devices, personas
 from agentvoicebox.tenancy.changes import Change
 from agentvoicebox.tenancy.keyring import Grant
@@ -221,7 +221,7 @@ class Devices:
             return
         home.changes += 1
         if home.task is None or home.task.done():
-            home.task = asyncio.create_task(self._tell(home), name="devices")
+            home.task = begin(self._tell(home), "devices")
 
     async def _tell(self, home: _Home) -> None:
         """Read what the tenant has chosen, until nothing has changed meanwhile, and tell its devices."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
@@ -30,7 +29,7 @@ from agentvoicebox.bus_bridge.session import ENGINE_SILENCE
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.bus_bridge.turns import sentences
 from agentvoicebox.bus_bridge.vad import STREAMS, VadStream
-from agentvoicebox.config.errors import AvbError, BadInput
+from agentvoicebox.config.errors import AvbError, BadInput, unexpected
 from agentvoicebox.plugins.device import wire
 from agentvoicebox.plugins.pool import Transcript
 from agentvoicebox.tenancy import devices
@@ -381,9 +380,7 @@ def problem(number: int, error: Exception) -> wire.Problem:
         return wire.Problem(number, error.code, error.message)
     if isinstance(error, TimeoutError):
         return wire.Problem(number, "timeout", "This took too long, and was given up.")
-    place = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ is not None else None
-    where = f"{place.filename}:{place.lineno}" if place is not None else "nowhere"
-    log.error("a device's request failed unexpectedly: %s at %s", type(error).__name__, where)
+    log.error("a device's request failed unexpectedly: %s", unexpected(error))
     return wire.Problem(number, "internal_error", "Something went wrong on our side.")
 
 

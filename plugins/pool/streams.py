@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from agentvoicebox.config.errors import AvbError, Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.plugins.pool import entries, wire
 from agentvoicebox.plugins.pool.entries import AGAIN, AWAY, BEGIN, BLOCK, GROUP, KINDS, SEEN, present, stream
 from agentvoicebox.plugins.pool.line import Crowded, closing
@@ -82,6 +82,8 @@ class Streams:
         self._jobs: dict[str, _Job] = {}
         """What has no last answer yet."""
         self._workers = dict.fromkeys(KINDS, 0)
+        self._there = dict.fromkeys(KINDS, 0.0)
+        """When there was a worker last."""
         self._here: Runner | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,7 +170,7 @@ class Streams:
         if self._closed:
             raise closing()
         if not self._loops:
-            self._loops = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+            self._loops = [begin(self._listen(), "speech answers"), begin(self._watch(), "speech workers")]
         job = _Job(ask)
         job.adding = asyncio.create_task(self._add(job))
         self._jobs[job.id] = job
@@ -287,19 +289,26 @@ class Streams:
         """Refuse what waits where there is no worker, rather than keep it waiting."""
         while not self._closed:
             await asyncio.sleep(self._patience / 2)
-            long_ago = time.monotonic() - self._patience
-            with suppress(*AWAY):
+            now = time.monotonic()
+            try:
                 await self._count()
-                for job in list(self._jobs.values()):
-                    if not self._workers[job.kind] and not job.parts and job.asked < long_ago:
-                        del self._jobs[job.id]
-                        self._spawn(self._withdraw(job))
-                        job.answers.put_nowait(wire.Failure.of(_no_worker(job.kind)))
+            except AWAY:
+                # When it is back, it has to hear of its workers first.
+                self._there = dict.fromkeys(KINDS, now)
+                continue
+            for job in list(self._jobs.values()):
+                missed = now - max(job.asked, self._there[job.kind])
+                if not self._workers[job.kind] and not job.parts and missed > self._patience:
+                    del self._jobs[job.id]
+                    self._spawn(self._withdraw(job))
+                    job.answers.put_nowait(wire.Failure.of(_no_worker(job.kind)))
 
     async def _count(self) -> None:
         """Find out how many workers there are."""
         for kind in KINDS:
             self._workers[kind] = await self._counted([present(kind)], [SEEN])
+            if self._workers[kind]:
+                self._there[kind] = time.monotonic()
 
 
 class _Job:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from redis.exceptions import ResponseError
 
 from agentvoicebox.config.errors import AvbError, Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.plugins.pool import Pool, entries, wire
 from agentvoicebox.plugins.pool.entries import AGAIN, AWAY, BLOCK, GROUP, KINDS, stream
 from agentvoicebox.plugins.pool.runner import RATE, EngineSpec, Heard, Loaded, Runner, Transcript
@@ -96,7 +96,7 @@ class Worker:
                 f"Redis does not answer ({type(error).__name__}): start it, or name another one with --redis.",
                 code="queue_unavailable",
             ) from error
-        renewing = asyncio.create_task(self._renewing())
+        renewing = begin(self._renewing(), "claims")
         ready()
         try:
             await asyncio.gather(*map(self._take, self._hands))

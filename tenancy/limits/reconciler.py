@@ -7,7 +7,7 @@ import itertools
 import logging
 
 from agentvoicebox.config.errors import Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.tenancy.limits.limiter import Limiter
 from agentvoicebox.tenancy.state import SharedState
 
@@ -28,7 +28,7 @@ class Reconciler:
 
     async def start(self) -> None:
         """Begin."""
-        self._task = asyncio.create_task(self._run(), name="rates")
+        self._task = begin(self._run(), "rates")
 
     async def close(self) -> None:
         """Tell the last, and end."""

@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as AnswerTimeout
 
 from agentvoicebox.config.errors import BadInput, Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import begin, end
 from agentvoicebox.tenancy.state import DEBT, HOUR_MINUTES, LEASE, Standing, Use
 from agentvoicebox.tenancy.state.local import LocalState
 
@@ -410,7 +410,7 @@ class RedisState:
         await self._report()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+        task = begin(work, "shared state")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

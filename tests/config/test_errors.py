@@ -8,7 +8,7 @@ import re
 import pytest
 
 from agentvoicebox.config import errors
-from agentvoicebox.config.errors import AvbError, BadInput, RateLimited
+from agentvoicebox.config.errors import AvbError, BadInput, RateLimited, unexpected
 
 VOCABULARY = [
     each for _, each in inspect.getmembers(errors, inspect.isclass) if issubclass(each, AvbError) and each != AvbError
@@ -41,3 +41,10 @@ def test_a_code_and_a_parameter_can_be_more_precise() -> None:
 
 def test_what_nobody_classified_is_internal() -> None:
     assert (AvbError("?").status, AvbError("?").code) == (500, "internal_error")
+
+
+def test_what_nobody_expected_is_named_by_type_and_place_not_by_its_words() -> None:
+    with pytest.raises(ValueError, match="cat") as raised:
+        raise ValueError("my cat is called Schroedinger")
+    assert unexpected(raised.value) == f"ValueError at test_errors.py:{raised.tb.tb_lineno}"
+    assert unexpected(KeyError("Schroedinger")) == "KeyError at nowhere"

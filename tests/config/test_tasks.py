@@ -1,8 +1,9 @@
-"""Tasks end when they are told to, also those that did not hear it the first time."""
+"""Tasks end when they are told to, also those that did not hear it the first time; what fails is told of."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 
 import pytest
@@ -38,7 +39,7 @@ async def test_one_that_has_swallowed_it_is_told_again(monkeypatch: pytest.Monke
 
     working = asyncio.create_task(deaf())
     await asyncio.sleep(0)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await tasks.end(working)
     assert working.cancelled()
 
@@ -76,3 +77,24 @@ async def test_whoever_waits_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -
         await ending
     release.set()
     await asyncio.wait([working])
+
+
+async def test_one_that_fails_is_told_of_at_once_without_what_it_has_read(caplog: pytest.LogCaptureFixture) -> None:
+    async def read() -> None:
+        raise ValueError("my cat is called Schroedinger")
+
+    await asyncio.wait([tasks.begin(read(), "reader")])
+    await asyncio.sleep(0)
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert re.fullmatch(r"the background task reader has failed: ValueError at test_tasks\.py:\d+", record.getMessage())
+    assert record.exc_info is None
+
+
+async def test_one_that_is_ended_or_has_done_its_work_is_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    working = tasks.begin(asyncio.sleep(3600, "late"), "late")
+    assert await tasks.begin(asyncio.sleep(0, "done"), "quick") == "done"
+    await tasks.end(working)
+    await asyncio.sleep(0)
+    assert working.cancelled()
+    assert caplog.records == []
