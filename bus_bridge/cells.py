@@ -19,7 +19,7 @@ import websockets
 
 from agentvoicebox.config import ovos
 from agentvoicebox.config.errors import AvbError, Unavailable
-from agentvoicebox.config.tasks import end
+from agentvoicebox.config.tasks import end, within
 
 Tell = Callable[[str], None]
 
@@ -207,8 +207,9 @@ async def keep(
 ) -> None:
     """Keep a started cell alive until cancelled: replace it when a process of it ends or `canary` fails.
 
-    `canary` is asked `every` so many seconds and has `patience` seconds to return true. `lost` hears why the cell is
-    gone, or why it could not be started again; `ready` hears its new URL. Each loss in a row doubles the pause.
+    `canary` is asked `every` so many seconds and has `patience` seconds to return true, in which a healthy core does,
+    however busy. `lost` hears why the cell is gone, or why it could not be started again; `ready` hears its new URL.
+    Each loss in a row doubles the pause.
     """
     losses = 0
     while True:
@@ -236,8 +237,7 @@ async def _loss(cell: Cell, canary: Callable[[], Awaitable[bool]], every: float,
             if death.done():
                 return death.result()
             try:
-                async with asyncio.timeout(patience):
-                    alive = await canary()
+                alive = await within(patience, canary())
             except (AvbError, OSError, websockets.WebSocketException):
                 alive = False
             if not alive and not death.done():

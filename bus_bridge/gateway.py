@@ -41,7 +41,7 @@ from agentvoicebox.bus_bridge.session import Session
 from agentvoicebox.bus_bridge.talk import Talk
 from agentvoicebox.bus_bridge.websocket import ABORT, FRAMES
 from agentvoicebox.bus_bridge.wire import Clock
-from agentvoicebox.config.errors import AvbError, BadInput, Forbidden, NotFound, Unavailable, unexpected
+from agentvoicebox.config.errors import AvbError, BadInput, Conflict, Forbidden, NotFound, Unavailable, unexpected
 from agentvoicebox.config.settings import Settings
 from agentvoicebox.plugins.device import wire
 from agentvoicebox.tenancy import personas, sessions, voices
@@ -72,6 +72,8 @@ RESTARTING = 1012
 NO_SESSION = 4004
 IN_USE = 4009
 """Close codes of ours, beside those of RFC 6455."""
+_GONE = (NO_SESSION, "no such session, or it has ended: create one with POST /api/v2/sessions")
+"""Code and reason."""
 
 
 @dataclass(slots=True)
@@ -229,13 +231,11 @@ class Gateway:
     async def _serve_native(
         self, name: str, scope: Scope, receive: Receive, send: Send, credential: Credential, grant: Grant
     ) -> None:
-        offered = scope["subprotocols"]
         row, refusal = await self._find(name, grant)
         if row is not None and await self._is_served(row):
             row, refusal = None, (IN_USE, "this session is connected already")
         if row is None:
-            await send({"type": "websocket.accept", "subprotocol": _select(offered)})
-            await send({"type": "websocket.close", "code": refusal[0], "reason": refusal[1]})
+            await _turn_away(scope, send, *refusal)
             return
         async with self._entered(grant, row.id):
             voice = await voices.get(self.database, grant.tenant_id)
@@ -281,13 +281,12 @@ class Gateway:
 
     async def _find(self, name: str, grant: Grant) -> tuple[Row | None, tuple[int, str]]:
         """The session of that id if it can be connected to, else the close code and reason."""
-        gone = (NO_SESSION, "no such session, or it has ended: create one with POST /api/v2/sessions")
         try:
             row = await sessions.get(self.database, grant.tenant_id, uuid.UUID(name))
         except (ValueError, NotFound):
-            return None, gone
+            return None, _GONE
         if row.status not in sessions.OPEN or row.config.get("door") == "realtime":
-            return None, gone
+            return None, _GONE
         return row, (1000, "")
 
     async def _asked_for(self, grant: Grant, model: str) -> Persona | None:
@@ -353,8 +352,12 @@ class Gateway:
         grant = call.grant
         outcome, reason = SessionStatus.ERROR, ""
         try:
-            # Before the upgrade: a store that is away refuses here.
-            await sessions.activate(self.database, grant.tenant_id, call.session_id)
+            try:
+                # Before the upgrade: a store that is away refuses here.
+                await sessions.activate(self.database, grant.tenant_id, call.session_id)
+            except Conflict:  # it has ended since it was found
+                await _turn_away(call.scope, call.send, *_GONE)
+                return
             await call.send({"type": "websocket.accept", "subprotocol": _select(call.scope["subprotocols"])})
             code, reason = await self._run(call, settings, codec)
             ended = code in (1000, 1001, 1005, 1006) and not reason
@@ -436,6 +439,12 @@ def identifiers(session_id: uuid.UUID) -> Callable[[str], str]:
     numbers = itertools.count(1)
     name = f"{session_id.hex[:16]}{secrets.token_hex(3)}"
     return lambda kind: f"{kind}_{name}_{next(numbers):x}"
+
+
+async def _turn_away(scope: Scope, send: Send, code: int, reason: str) -> None:
+    """Tell a client by a close code why there is no session for it: browsers show no other refusal."""
+    await send({"type": "websocket.accept", "subprotocol": _select(scope["subprotocols"])})
+    await send({"type": "websocket.close", "code": code, "reason": reason})
 
 
 def _select(offered: list[str]) -> str | None:

@@ -1,16 +1,19 @@
-"""How background tasks begin and end."""
+"""How background tasks begin and end, and how others are waited for."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 from agentvoicebox.config.errors import unexpected
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+
+_STEP = 0.1
+"""Seconds between looks whether something is there: of a step that took far longer, no more than two count."""
 
 _AGAIN = 5.0
 """Seconds that a task has for its cleaning up, before it is taken not to have noticed."""
@@ -41,3 +44,22 @@ async def end(*tasks: asyncio.Task[Any]) -> None:
         await asyncio.wait(left, timeout=_AGAIN)
         left = [task for task in left if not task.done()]
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def within(seconds: float, work: Awaitable[Result]) -> Result:
+    """What `work` returns or raises, or `TimeoutError` after so many seconds, when it is cancelled.
+
+    Only time in which this process has run counts: whoever has stood still himself blames nobody.
+    """
+    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+    try:
+        while not task.done():
+            if seconds <= 0:
+                raise TimeoutError
+            before = loop.time()
+            await asyncio.wait([task], timeout=min(seconds, _STEP))
+            seconds -= min(loop.time() - before, 2 * _STEP)
+        return task.result()
+    finally:
+        if not task.done():
+            await end(task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from contextlib import suppress
 
 import pytest
@@ -98,3 +99,36 @@ async def test_one_that_is_ended_or_has_done_its_work_is_not_told_of(caplog: pyt
     await asyncio.sleep(0)
     assert working.cancelled()
     assert caplog.records == []
+
+
+async def test_what_is_waited_for_may_answer_fail_or_take_too_long() -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    waiting = asyncio.create_task(asyncio.sleep(3600))
+    assert await tasks.within(60, asyncio.sleep(0, "answer")) == "answer"
+    with pytest.raises(ZeroDivisionError):
+        await tasks.within(60, fail())
+    with pytest.raises(TimeoutError):
+        await tasks.within(0.01, waiting)
+    assert waiting.cancelled()
+
+
+async def test_whoever_has_stood_still_himself_blames_nobody() -> None:
+    """As when a virtual machine is moved: what was to come in the meantime could not, or could not be looked at."""
+    answer = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.3, answer.set)
+    waiting = asyncio.create_task(tasks.within(0.25, answer.wait()))
+    await asyncio.sleep(0)
+    time.sleep(0.4)  # noqa: ASYNC251  (all of it stands still)
+    assert await waiting
+
+
+async def test_whoever_waits_and_is_cancelled_leaves_nothing_behind() -> None:
+    work = asyncio.create_task(asyncio.sleep(3600))
+    waiting = asyncio.create_task(tasks.within(60, work))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert work.cancelled()
