@@ -90,7 +90,7 @@ def test_the_page_does_what_it_says(checkout: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     log = checkout / "up.log"
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:] + (log.read_text() if log.exists() else "")

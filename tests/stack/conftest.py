@@ -15,7 +15,7 @@ import websockets
 
 from agentvoicebox.bus_bridge.cells import Cell
 
-TURN = 20.0
+TURN = 60.0
 """Seconds after which a turn that nobody ends has failed."""
 
 

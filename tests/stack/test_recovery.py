@@ -17,13 +17,13 @@ from agentvoicebox.tenancy.models import Metric
 
 async def ready_again(stack: Any, customer: Any, question: str = "who am i talking to") -> client.Answer:
     """Ask until it is answered, as a patient user would."""
-    for _ in range(200):
-        async with client.session(stack.url, customer.key, {"modality": "text"}) as session:
-            answer = await session.write(question)
-        if answer.error is None:
-            return answer
-        await asyncio.sleep(0.1)
-    raise AssertionError(answer.error)
+    async with asyncio.timeout(120):
+        while True:
+            async with client.session(stack.url, customer.key, {"modality": "text"}) as session:
+                answer = await session.write(question)
+            if answer.error is None:
+                return answer
+            await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ async def test_a_cell_that_dies_in_a_turn_is_told_and_replaced(
         asking = asyncio.create_task(session.write("who am i talking to"))
         await asyncio.sleep(0.1)
         os.kill(before[process], number)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             answer = await asking
         assert answer.error is not None
         assert answer.error["code"] == "cell_lost"
@@ -81,11 +81,12 @@ async def test_a_store_that_stops_refuses_and_meters_nothing_by_half(stack: Any,
 
 async def test_a_store_that_crashes_comes_back(stack: Any, customer: Any):
     os.kill(stack.postgres.pids()[0], signal.SIGKILL)
-    for _ in range(100):
-        try:
-            await metering.totals(stack.database, customer.id)
-            break
-        except Unavailable:
-            await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await metering.totals(stack.database, customer.id)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
     answer = await ready_again(stack, customer)
     assert answer.text

@@ -109,7 +109,7 @@ async def test_handlers_that_wait_stop_nobody_else(bus) -> None:
 
     async def until(kind: str) -> None:
         seen: set[str] = set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while seen != waiting:
                 message = await bus.receive()
                 if message["type"] == kind:

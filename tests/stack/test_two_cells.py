@@ -41,7 +41,7 @@ async def overheard(stack: Stack, connect: Callable) -> AsyncIterator[dict[str, 
 
     listeners = [asyncio.create_task(listen(name)) for name in stack.cells]
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(ready) < len(listeners):
                 await asyncio.sleep(0.01)
         yield met
