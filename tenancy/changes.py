@@ -94,7 +94,7 @@ class Feed:
         connection = await self._listen()
         try:
             await self._look(connection)
-            # What ended before now but began no earlier than a transaction that goes on is seen again and again.
+            # While an older transaction goes on, each look sees again what ended before us: that is history.
             await self._look(connection, tell=False)
         except BaseException:
             await connection.close()

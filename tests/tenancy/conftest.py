@@ -16,18 +16,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psycopg
 import pytest
 from psycopg import sql
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from agentvoicebox.tenancy import database as stores
 from agentvoicebox.tenancy import embedded, roles, tenants
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Address, Database, external, prepare
 from agentvoicebox.tenancy.embedded import DATABASE, Postgres, serving
 from agentvoicebox.tenancy.models import Tenant
 from agentvoicebox.tenancy.permissions import Relations
+from agentvoicebox.tenancy.state import redis as shared_state
 
 _numbers = itertools.count()
 
@@ -204,6 +207,18 @@ def empty(either: Server) -> Iterator[Site]:
         yield site
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patient_pools() -> Iterator[None]:
+    """Who waits for a connection waits longer than in earnest: on a slow machine a crowd of tasks takes its time."""
+
+    def patient(url: str, **options: Any) -> AsyncEngine:
+        return create_async_engine(url, **{**options, "pool_timeout": 60})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "create_async_engine", patient)
+        yield
+
+
 @pytest.fixture(scope="session")
 async def template(server: Postgres) -> str:
     await prepare(server.url)
@@ -323,6 +338,13 @@ def redis(one_redis: RedisServer) -> RedisServer:
     one_redis.stop()
     one_redis.start()
     return one_redis
+
+
+@pytest.fixture
+def patient_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis counts as away only when it is: a stalled machine makes answers late that a node would do without."""
+    for name in ("_GLANCE", "_DEADLINE", "_PATIENCE"):
+        monkeypatch.setattr(shared_state, name, 60.0)
 
 
 @pytest.fixture(scope="module")

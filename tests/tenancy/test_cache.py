@@ -38,7 +38,7 @@ JSON = st.recursive(
 
 
 @pytest.fixture(params=["local", "redis"])
-async def state(request: pytest.FixtureRequest, redis: Any) -> AsyncIterator[SharedState]:
+async def state(request: pytest.FixtureRequest, redis: Any, patient_state: None) -> AsyncIterator[SharedState]:
     found: SharedState = LocalState("n") if request.param == "local" else RedisState(redis.url, "n")
     await found.start()
     yield found

@@ -271,6 +271,20 @@ async def test_history_is_not_told(database: Database, tenant: Tenant, new_feed:
     assert told.of(tenant.id) == [(ChangeKind.REVOKED, after.id)]
 
 
+async def test_history_is_not_told_while_an_older_transaction_goes_on(
+    database: Database, tenant: Tenant, new_feed: Callable[[], Awaitable[Feed]], admin: psycopg.AsyncConnection
+) -> None:
+    """As the server's own one that cleans up: each look then sees again what was written since it began."""
+    before, after = [await keys.issue(database, tenant.id, name) for name in ("before", "after")]
+    async with admin.transaction():
+        await admin.execute("SELECT pg_current_xact_id()")
+        await keys.revoke(database, tenant.id, before.id)
+        told = Told(await new_feed())
+        await keys.revoke(database, tenant.id, after.id)
+        await told.until(lambda: bool(told.of(tenant.id)))
+        assert told.of(tenant.id) == [(ChangeKind.REVOKED, after.id)]
+
+
 async def test_a_subscriber_that_fails_harms_nobody(
     database: Database, tenant: Tenant, feed: Feed, caplog: pytest.LogCaptureFixture
 ) -> None:

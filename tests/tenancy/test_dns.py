@@ -46,7 +46,8 @@ class Server(asyncio.DatagramProtocol):
 
 
 @pytest.fixture
-async def resolver() -> AsyncIterator[Dns]:
+async def resolver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Dns]:
+    monkeypatch.setattr(module, "PATIENCE", 30.0)  # the server here is as slow as the machine
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_datagram_endpoint(Server, local_addr=("127.0.0.1", 0))
     yield Dns(["127.0.0.1"], transport.get_extra_info("sockname")[1])

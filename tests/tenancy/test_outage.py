@@ -28,6 +28,18 @@ from agentvoicebox.tenancy.models import EventType, Metric
 from agentvoicebox.tenancy.sessions import Event
 
 NOW = datetime.now(UTC)
+PATIENCE = metering.PATIENCE
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets for how long the ledger tries: for long, unless a store is away that does not come back."""
+
+    def choose(seconds: float) -> None:
+        monkeypatch.setattr(metering, "PATIENCE", seconds)
+
+    choose(30)
+    return choose
 
 
 @pytest.fixture
@@ -49,7 +61,9 @@ def turn(tenant_id: uuid.UUID, event_id: str) -> Usage:
     return Usage(event_id, tenant_id, Metric.API_CALLS, 1, NOW)
 
 
-async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres, database: Database) -> None:
+async def test_a_stopped_store_is_unavailable_and_then_works_again(
+    own: Postgres, database: Database, patience: Callable[[float], None]
+) -> None:
     tenant = await tenants.create(database, "acme", "Acme")
     issued = await keys.issue(database, tenant.id, "a key")
     session = await sessions.create(database, tenant.id)
@@ -61,6 +75,7 @@ async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres
     await ledger.record([turn(tenant.id, "before")])
 
     own.stop()
+    patience(PATIENCE)
     await asyncio.sleep(1)  # the time for which the ring may still answer
     for use in (
         tenants.get(database, tenant.id),
@@ -75,6 +90,7 @@ async def test_a_stopped_store_is_unavailable_and_then_works_again(own: Postgres
             await use
         assert caught.value.code == "store_unavailable"
 
+    patience(30)
     own.start()
     assert (await ring.verify(issued.key)).tenant_id == tenant.id
     assert (await tenants.get(database, tenant.id)).slug == "acme"
@@ -135,12 +151,12 @@ async def test_kill_9_of_the_server_under_load_counts_what_was_acknowledged(own:
 
 
 async def test_a_store_that_hangs_is_unavailable(
-    own: Postgres, database: Database, monkeypatch: pytest.MonkeyPatch
+    own: Postgres, database: Database, patience: Callable[[float], None]
 ) -> None:
     tenant = await tenants.create(database, "acme", "Acme")
     ledger = Ledger(database)
     await ledger.record([turn(tenant.id, "before")])
-    monkeypatch.setattr(metering, "PATIENCE", 0.2)
+    patience(0.2)
     pids = own.pids()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -150,7 +166,7 @@ async def test_a_store_that_hangs_is_unavailable(
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-    monkeypatch.undo()
+    patience(30)
     await ledger.record([turn(tenant.id, "during")])
     assert await metering.totals(database, tenant.id) == {Metric.API_CALLS: 2.0}
     await ledger.close()
@@ -178,7 +194,9 @@ def limited() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_a_full_disk_is_one_clear_error_and_then_works_again(filling: tuple[Path, Path | None]) -> None:
+async def test_a_full_disk_is_one_clear_error_and_then_works_again(
+    filling: tuple[Path, Path | None], patience: Callable[[float], None]
+) -> None:
     data, ballast = filling
     with contextlib.ExitStack() as stack:
         with limited() if ballast is None else contextlib.nullcontext():
@@ -203,6 +221,7 @@ async def test_a_full_disk_is_one_clear_error_and_then_works_again(filling: tupl
 
         if ballast is not None:
             ballast.write_bytes(b"\0" * (shutil.disk_usage(data).free - 3_000_000))
+        patience(PATIENCE)
         for fill in (talk, meter):
             with pytest.raises(Unavailable) as caught:
                 await fill()
@@ -212,9 +231,8 @@ async def test_a_full_disk_is_one_clear_error_and_then_works_again(filling: tupl
             ballast.unlink()
         else:
             postgres.stop()
-        if not postgres.alive():
-            postgres.start()
-        history = await again(lambda: sessions.history(database, tenant.id, session.id))
+        patience(30)
+        history = await again(postgres, lambda: sessions.history(database, tenant.id, session.id))
         assert len(history) == written
         with psycopg.connect(postgres.url(roles.ADMIN)) as connection:
             (events,) = connection.execute("SELECT count(*) FROM usage_events").fetchone() or ()
@@ -226,9 +244,11 @@ async def test_a_full_disk_is_one_clear_error_and_then_works_again(filling: tupl
         await database.close()
 
 
-async def again(ask: Callable[[], Awaitable[Sequence[object]]]) -> Sequence[object]:
-    """Ask until there is an answer: a server that crashed on its full disk recovers first."""
+async def again(postgres: Postgres, ask: Callable[[], Awaitable[Sequence[object]]]) -> Sequence[object]:
+    """Ask until there is an answer: a server that crashed on its full disk recovers first, or ends and is started."""
     for _ in range(300):
+        if not postgres.alive():
+            postgres.start()
         try:
             return await ask()
         except Unavailable:

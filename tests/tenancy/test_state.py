@@ -19,6 +19,7 @@ from agentvoicebox.tenancy.state.local import LocalState
 from agentvoicebox.tenancy.state.redis import RedisState
 
 MakeNode = Callable[..., Awaitable[RedisState]]
+Choose = Callable[..., None]
 A, B = uuid.UUID(int=0xA), uuid.UUID(int=0xB)
 
 
@@ -35,7 +36,19 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 @pytest.fixture
-async def node(redis: Any) -> AsyncIterator[MakeNode]:
+def patience(monkeypatch: pytest.MonkeyPatch) -> Choose:
+    """Sets for how long nodes wait: for long, unless Redis is away. A machine that stalls for seconds is not."""
+
+    def choose(*, glance: float = 30, deadline: float = 60) -> None:
+        for name, seconds in (("_GLANCE", glance), ("_DEADLINE", deadline), ("_PATIENCE", 60)):
+            monkeypatch.setattr(f"agentvoicebox.tenancy.state.redis.{name}", seconds)
+
+    choose()
+    return choose
+
+
+@pytest.fixture
+async def node(redis: Any, patience: Choose) -> AsyncIterator[MakeNode]:
     """Makes nodes that share one Redis."""
     async with contextlib.AsyncExitStack() as stack:
 
@@ -118,16 +131,20 @@ async def test_the_hour_moves_on_in_redis_and_a_shifted_clock_neither_opens_nor_
 ) -> None:
     """The server's clock cannot be set, so what it wrote is: as if that had been `shift` minutes from now."""
     state = await node()
-    await state.reconcile([Use("key:x", 30, 5)])
     async with Redis.from_url(redis.url, decode_responses=True) as client:
-        held = await client.hgetall("avb_rl:key:x")
-        minute = int(held.pop("m"))
-        assert held.pop(str(minute)) == "5"
-        assert set(held) == {"t", "u"}
-        await client.hdel("avb_rl:key:x", str(minute))
-        moved = {str(minute + shift): "5", "m": str(minute + shift), "t": str(int(held["t"]) + shift * 60_000_000)}
-        await client.hset("avb_rl:key:x", mapping=moved)
-        [standing] = await state.reconcile([Use("key:x", 0, 0)])
+        minute = now = 0
+        while minute == 0 or now != minute:  # again when the next minute has begun meanwhile, which is no part of this
+            await client.delete("avb_rl:key:x")
+            await state.reconcile([Use("key:x", 30, 5)])
+            held = await client.hgetall("avb_rl:key:x")
+            minute = int(held.pop("m"))
+            assert held.pop(str(minute)) == "5"
+            assert set(held) == {"t", "u"}
+            await client.hdel("avb_rl:key:x", str(minute))
+            moved = {str(minute + shift): "5", "m": str(minute + shift), "t": str(int(held["t"]) + shift * 60_000_000)}
+            await client.hset("avb_rl:key:x", mapping=moved)
+            [standing] = await state.reconcile([Use("key:x", 0, 0)])
+            now = (await client.time())[0] // 60
         assert standing.used == (0 if shift == -61 else 5)
         assert 0 <= standing.level <= states.DEBT
         left = await client.hgetall("avb_rl:key:x")
@@ -209,19 +226,28 @@ async def test_the_directory_names_the_node(pair: tuple[SharedState, SharedState
     assert await pair[0].where(A, session) is None
 
 
-async def test_sessions_of_a_node_that_died_stop_counting_and_those_of_a_living_one_do_not(node: MakeNode) -> None:
-    dead, living = await node("dead", lease=1), await node("living", lease=1)
+async def test_sessions_of_a_node_that_died_stop_counting_and_those_of_a_living_one_do_not(
+    node: MakeNode, redis: Any
+) -> None:
+    """The lease is longer than this process stalls, for no heartbeat comes meanwhile."""
+    dead, living = await node("dead", lease=4), await node("living", lease=4)
     ours, lost = uuid.uuid4(), uuid.uuid4()
     assert await dead.enter(A, lost, 2)
     assert await living.enter(A, ours, 2)
-    assert not await living.enter(A, uuid.uuid4(), 2)
-    await dead.close()
+    async with Redis.from_url(redis.url) as client:
+        first_lease = await client.zscore(f"avb_session:t:{A}:live", str(ours))
+        assert not await living.enter(A, uuid.uuid4(), 2)
+        await dead.close()
 
-    async def only_ours() -> bool:
-        return await living.count(A) == 1
+        async def only_ours() -> bool:
+            return await living.count(A) == 1
 
-    await until(only_ours)
-    await asyncio.sleep(1.2)  # longer than a lease
+        async def it_would_be_over() -> bool:
+            seconds, microseconds = await client.time()
+            return bool(seconds + microseconds / 1e6 > first_lease)
+
+        await until(only_ours)
+        await until(it_would_be_over)
     assert await living.where(A, ours) == "living"
     assert await living.where(A, lost) is None
     assert await living.enter(A, uuid.uuid4(), 2)
@@ -290,15 +316,27 @@ async def test_in_process_the_least_used_value_makes_room(monkeypatch: pytest.Mo
 
 
 @pytest.fixture(params=["stopped", "hanging"])
-async def outage(request: pytest.FixtureRequest, redis: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+async def outage(request: pytest.FixtureRequest, redis: Any, patience: Choose) -> Any:
     """Takes Redis away and brings it back."""
-    if request.param == "hanging":
-        monkeypatch.setattr("agentvoicebox.tenancy.state.redis._DEADLINE", 0.5)
 
     class Outage:
-        begin = redis.stop if request.param == "stopped" else redis.hang
-        end = redis.start if request.param == "stopped" else redis.go_on
         forgets = request.param == "stopped"
+
+        @staticmethod
+        def begin() -> None:
+            if request.param == "stopped":
+                redis.stop()
+            else:
+                patience(deadline=0.5)
+                redis.hang()
+
+        @staticmethod
+        def end() -> None:
+            patience()
+            if request.param == "stopped":
+                redis.start()
+            else:
+                redis.go_on()
 
     yield Outage
     if not Outage.forgets:
@@ -370,8 +408,11 @@ async def test_before_a_node_goes_back_to_redis_it_has_reported_its_sessions(nod
     assert await other.count(A) == 1
 
 
-async def test_who_looks_up_a_value_does_not_wait_until_a_silent_redis_is_given_up(node: MakeNode, redis: Any) -> None:
+async def test_who_looks_up_a_value_does_not_wait_until_a_silent_redis_is_given_up(
+    node: MakeNode, redis: Any, patience: Choose
+) -> None:
     state = await node()
+    patience(glance=0.2)
     redis.hang()
     looks = [asyncio.create_task(state.get("avb:k")) for _ in range(3)]
     entry = asyncio.create_task(state.enter(A, uuid.uuid4(), 1))
@@ -386,29 +427,30 @@ async def test_who_looks_up_a_value_does_not_wait_until_a_silent_redis_is_given_
 
 
 async def test_a_redis_that_stays_silent_is_given_up_though_only_values_are_looked_up(
-    node: MakeNode, redis: Any, monkeypatch: pytest.MonkeyPatch
+    node: MakeNode, redis: Any, patience: Choose
 ) -> None:
-    monkeypatch.setattr("agentvoicebox.tenancy.state.redis._GLANCE", 0.1)
-    monkeypatch.setattr("agentvoicebox.tenancy.state.redis._DEADLINE", 0.5)
     state = await node()
+    patience(glance=0.1, deadline=0.5)
     redis.hang()
     assert await state.get("avb:k") is None
     await until(lambda: state.degraded)
+    patience()
     redis.go_on()
     await until(lambda: not state.degraded)
 
 
 async def test_too_many_missed_deletions_empty_the_cache_and_leave_the_sessions(
-    node: MakeNode, redis: Any, monkeypatch: pytest.MonkeyPatch
+    node: MakeNode, redis: Any, monkeypatch: pytest.MonkeyPatch, patience: Choose
 ) -> None:
     monkeypatch.setattr("agentvoicebox.tenancy.state.redis._MOST_MISSED", 10)
-    monkeypatch.setattr("agentvoicebox.tenancy.state.redis._DEADLINE", 0.5)
     state, other = await node("one"), await node("two")
     await state.set("avb:k", b"old", 60)
     await other.enter(A, uuid.uuid4(), 1)
+    patience(deadline=0.5)
     redis.hang()
     for i in range(12):
         await state.delete(f"avb:{i}")
+    patience()
     redis.go_on()
     await until(lambda: not state.degraded)
     assert await state.get("avb:k") is None
@@ -417,7 +459,7 @@ async def test_too_many_missed_deletions_empty_the_cache_and_leave_the_sessions(
     assert await state.get("avb:k") == b"new"
 
 
-async def test_a_node_that_starts_without_redis_begins_alone_and_finds_it(redis: Any) -> None:
+async def test_a_node_that_starts_without_redis_begins_alone_and_finds_it(redis: Any, patience: Choose) -> None:
     redis.stop()
     state = RedisState(redis.url, "node-1")
     await state.start()
