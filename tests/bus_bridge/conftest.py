@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
@@ -57,7 +58,7 @@ class Sockets:
 
     async def read(self, socket: ClientConnection) -> dict[str, Any]:
         """The next event."""
-        event: dict[str, Any] = json.loads(await asyncio.wait_for(socket.recv(), 10))
+        event: dict[str, Any] = json.loads(await asyncio.wait_for(socket.recv(), 30))
         return event
 
     async def ping(self, socket: ClientConnection) -> None:
@@ -78,7 +79,7 @@ class Sockets:
     async def closed(self, socket: ClientConnection) -> tuple[int, str]:
         """Read until the node closes; the close code and reason."""
         with suppress(ConnectionClosed):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 async for _ in socket:
                     pass
         assert socket.close_code is not None
@@ -89,6 +90,18 @@ class Sockets:
 def sockets(stack: Any) -> Sockets:
     """The doors of the installation."""
     return Sockets(stack.url)
+
+
+@pytest.fixture
+def still(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks stand still by which the node counts requests and trusts what it remembers of keys.
+
+    So however long a test is kept from running, no rate allows more meanwhile, and no key has to be looked up again.
+    """
+    now = time.monotonic()
+    monkeypatch.setattr(stack.limiter, "_clock", lambda: now)
+    # Where the look at the log of changes is new enough that came last, although the machine may have stalled since.
+    monkeypatch.setattr(stack.gateway.door.keyring, "_clock", lambda: now - 30)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from agentvoicebox.bus_bridge.engines import Engines
 from agentvoicebox.bus_bridge.models import SessionSettings
 from agentvoicebox.config.errors import BadInput, Unavailable
 from agentvoicebox.config.settings import Settings
-from agentvoicebox.plugins import models
+from agentvoicebox.plugins import models, pool
 from agentvoicebox.plugins.pool import EngineSpec, Heard, Loaded, Pool, Transcript
 from agentvoicebox.tenancy.voices import VoiceConfig
 
@@ -68,8 +68,9 @@ Make = Callable[..., Engines]
 
 
 @pytest.fixture
-def make(runner: Asked, tmp_path: Path) -> Iterator[Make]:
+def make(runner: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Engines as settings and the models on disk decide; `keys` are those that the tenant has brought."""
+    monkeypatch.setattr(pool, "ROOM", 60.0)  # a machine that stalls while an engine is loaded asks no other one
     pools = []
 
     def made(*installed: str, keys: dict[str, str] | None = None, **given: Any) -> Engines:
@@ -83,8 +84,8 @@ def make(runner: Asked, tmp_path: Path) -> Iterator[Make]:
         return Engines(pools[-1], models.choose(decided.engine, tmp_path, decided.whisper), decided, key_of)
 
     yield made
-    for pool in pools:
-        pool.close()
+    for each in pools:
+        each.close()
 
 
 def model_of(spec: EngineSpec) -> str:

@@ -59,7 +59,7 @@ DOORS = {"native": native, "realtime": realtime}
 
 
 async def read(socket: ClientConnection) -> dict[str, Any]:
-    return json.loads(await asyncio.wait_for(socket.recv(), 10))
+    return json.loads(await asyncio.wait_for(socket.recv(), 30))
 
 
 async def refused(stack: Any, path: str, **options: Any) -> tuple[int, dict[str, Any]]:
@@ -95,11 +95,12 @@ def code_of(path: str, body: dict[str, Any]) -> str:
     ],
 )
 async def test_without_a_good_key_nothing_is_opened(stack: Any, path: str, headers: dict[str, str], code: str):
-    before = stack.gateway.connections
+    before = {visit.session_id for visit in stack.gateway.live}
     status, body = await refused(stack, path, additional_headers=headers)
     assert status == 401
     assert code_of(path, body) == code
-    assert stack.gateway.connections == before
+    # Those of other tests may be gone by now.
+    assert {visit.session_id for visit in stack.gateway.live} <= before
 
 
 @pytest.mark.parametrize("name", ["key", "api_key", "token", "access_token"])
@@ -111,8 +112,9 @@ async def test_a_key_in_the_query_string_is_refused_even_beside_a_good_one(stack
 
 
 async def test_expired_and_revoked_keys_are_told_apart(stack: Any, new_customer: Any):
-    expiring = await new_customer(expires_at=datetime.now(UTC) + timedelta(milliseconds=300))
-    await asyncio.sleep(0.35)
+    expiring = await new_customer()
+    await keys.rotate(stack.database, expiring.id, expiring.key_id, grace=0.05)
+    await asyncio.sleep(0.1)
     status, body = await refused(stack, PATHS[0], additional_headers=expiring.headers)
     assert (status, body["error"]["code"]) == (401, "api_key_expired")
     revoked = await new_customer()
@@ -160,7 +162,7 @@ async def test_unknown_sockets_and_shapes_are_refused(stack: Any, customer: Any)
 async def closed(stack: Any, path: str, customer: Any) -> tuple[int, str]:
     async with connect(socket_url(stack, path), additional_headers=customer.headers) as socket:
         with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(socket.recv(), 10)
+            await asyncio.wait_for(socket.recv(), 30)
         return socket.close_code or 0, socket.close_reason or ""
 
 
@@ -192,16 +194,20 @@ async def test_a_key_that_dies_later_closes_the_session(stack: Any, new_customer
         told = await read(socket)
         assert told["error"]["code"] == "api_key_revoked"
         with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(socket.recv(), 10)
+            await asyncio.wait_for(socket.recv(), 30)
         assert socket.close_code == 4001
 
 
 async def test_a_key_that_expires_closes_the_session(stack: Any, new_customer: Any):
-    customer = await new_customer(expires_at=datetime.now(UTC) + timedelta(seconds=1))
+    customer = await new_customer(expires_at=datetime.now(UTC) + timedelta(hours=1))
     async with realtime(stack, customer) as socket:
+        [visit] = [visit for visit in stack.gateway.live if visit.grant.tenant_id == customer.id]
+        assert visit.timer.when() - asyncio.get_running_loop().time() <= 3600, "it ends with its key, in an hour"
+        # Only from here on it may be soon: a slow machine takes its time to open a session.
+        await keys.rotate(stack.database, customer.id, customer.key_id, grace=0.5)
         assert (await read(socket))["error"]["code"] == "api_key_expired"
         with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(socket.recv(), 10)
+            await asyncio.wait_for(socket.recv(), 30)
         assert socket.close_code == 4001
 
 
@@ -269,22 +275,19 @@ async def test_a_session_that_is_ended_is_over(stack: Any, customer: Any):
         await socket.send(json.dumps({"type": "session.end"}))
         assert (await read(socket))["type"] == "session.ended"
         with pytest.raises(ConnectionClosed):
-            await asyncio.wait_for(socket.recv(), 10)
+            await asyncio.wait_for(socket.recv(), 30)
         assert socket.close_code == 1000
     session_id = uuid.UUID(made["session_id"])
-    for _ in range(100):
-        row = await sessions.get(stack.database, customer.id, session_id)
-        events = await sessions.history(stack.database, customer.id, session_id)
-        if row.status == "completed" and len(events) == 2:
-            break
-        await asyncio.sleep(0.05)
-    assert row.status == "completed"
+    async with asyncio.timeout(30):
+        while (await sessions.get(stack.database, customer.id, session_id)).status != "completed":
+            await asyncio.sleep(0.05)
+    events = await sessions.history(stack.database, customer.id, session_id)
     assert [event.event_type for event in events] == ["transcript", "response"]
     assert events[1].content["timings_ms"]["core"] > 0
 
 
 async def until_closed(socket: ClientConnection) -> AsyncIterator[str]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             try:
                 yield str(await socket.recv())
@@ -300,7 +303,7 @@ async def test_a_key_that_is_revoked_while_the_session_is_prepared(
 
     async def slow(*arguments: Any) -> Any:
         await keys.revoke(stack.database, customer.id, customer.key_id)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while customer.key_id not in revoked:
                 await asyncio.sleep(0.01)
         return await real(*arguments)
@@ -342,13 +345,28 @@ async def test_a_session_is_not_connected_again_once_it_has_ended(stack: Any, cu
         await read(socket)
         assert await write("native", socket, "who am i talking to")
     codes = set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while 4004 not in codes:
             codes.add((await closed(stack, path, customer))[0])
             await asyncio.sleep(0.05)
     assert codes <= {4009, 4004}, "first it is still being closed, then it is over"
     events = await sessions.history(stack.database, customer.id, uuid.UUID(made["session_id"]))
     assert [event.sequence for event in events] == [0, 1]
+
+
+async def test_a_session_that_ends_while_its_client_comes_is_over(
+    stack: Any, customer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    made = await created(stack, customer)
+    session_id = uuid.UUID(made["session_id"])
+    real = voices.get
+
+    async def slow(*arguments: Any) -> Any:
+        await sessions.finish(stack.database, customer.id, session_id, SessionStatus.COMPLETED)
+        return await real(*arguments)
+
+    monkeypatch.setattr(voices, "get", slow)
+    assert (await closed(stack, f"/ws/v2/sessions/{session_id}", customer))[0] == 4004
 
 
 async def test_an_item_cannot_be_larger_than_core_takes(stack: Any, customer: Any):
@@ -367,17 +385,20 @@ async def test_a_client_that_does_not_read_is_let_go(stack: Any, new_customer: A
     monkeypatch.setattr(outbox, "FAREWELL", 0.2)
     customer = await new_customer()
     made = await created(stack, customer, modality="audio", output_rate=48_000)
-    before = stack.gateway.connections
+
+    def visits() -> list[Any]:
+        return [visit for visit in stack.gateway.live if visit.grant.tenant_id == customer.id]
+
     socket = await connect(made["ws_url"], additional_headers=customer.headers, max_queue=1, max_size=None)
     try:
         text = "say " + "one two three four five six seven eight nine ten. " * 60
         await socket.send(json.dumps({"type": "response.create", "messages": [{"content": text}]}))
         socket.transport.pause_reading()
-        async with asyncio.timeout(20):
-            while not any(visit.connection._outbox.waiting for visit in stack.gateway.live):
+        async with asyncio.timeout(60):
+            while not any(visit.connection._outbox.waiting for visit in visits()):
                 await asyncio.sleep(0.05)
             await keys.revoke(stack.database, customer.id, customer.key_id)
-            while stack.gateway.connections > before:
+            while visits():
                 await asyncio.sleep(0.05)
     finally:
         socket.transport.abort()

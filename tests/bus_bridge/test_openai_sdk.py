@@ -36,7 +36,7 @@ async def test_a_spoken_turn_with_server_vad(client: AsyncOpenAI, speech: Any):
         )
         for i in range(0, len(pcm), 4_800):
             await connection.input_audio_buffer.append(audio=base64.b64encode(pcm[i : i + 4_800]).decode())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async for event in connection:
                 types.append(event.type)
                 if event.type == "conversation.item.input_audio_transcription.completed":
@@ -70,7 +70,7 @@ async def test_a_written_turn(client: AsyncOpenAI):
         )
         await connection.response.create()
         text = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             async for event in connection:
                 if event.type == "response.output_text.delta":
                     text += event.delta

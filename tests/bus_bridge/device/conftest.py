@@ -60,7 +60,7 @@ class Device:
 
     async def next(self, number: int) -> Any:
         """The next thing that comes for a request."""
-        return await asyncio.wait_for(self.of(number).get(), 20)
+        return await asyncio.wait_for(self.of(number).get(), 60)
 
     async def answer(self, number: int) -> list[Any]:
         """All that comes for a request until its end."""
@@ -70,7 +70,7 @@ class Device:
         return story
 
     async def configured(self) -> Choices:
-        return await asyncio.wait_for(self.choices.get(), 10)
+        return await asyncio.wait_for(self.choices.get(), 30)
 
     async def listen(self, number: int, pcm: bytes, language: str = "", *, partials: bool = False) -> list[Any]:
         """What is understood of audio that is sent as fast as it goes."""
@@ -82,7 +82,7 @@ class Device:
 
     async def closed(self) -> tuple[int | None, str]:
         """Wait until the node closes; code and reason."""
-        await asyncio.wait_for(self.socket.wait_closed(), 10)
+        await asyncio.wait_for(self.socket.wait_closed(), 30)
         return self.socket.close_code, self.socket.close_reason or ""
 
 
@@ -111,7 +111,7 @@ class Devices:
         """A socket past its welcome; what it was told of choices waits to be read."""
         async with self.socket(customer) as device:
             await device.say(wire.Hello(process, "kitchen", "1.0", have))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while device.welcome is None:
                     await asyncio.sleep(0.005)
             yield device
