@@ -294,9 +294,9 @@ def live(found: argparse.Namespace) -> int:
     with _quiet():
         link = Link(device, "command")
         try:
-            checkup.wait_for(link, checkup.WAIT)
+            checkup.wait_for(link)
             with suppress(AvbError):
-                link.about(timeout=1.0)  # what the tenant has chosen comes before the answer to anything
+                link.about(timeout=checkup.WAIT)  # what the tenant has chosen comes before the answer to anything
             state, reason, chosen, welcome = link.state, link.reason, link.choices, link.welcome
         finally:
             link.close()

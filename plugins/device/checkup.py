@@ -39,6 +39,9 @@ PLAYERS = ("play", "pw-play", "paplay", "aplay")
 WAIT = 3.0
 """Seconds that the platform has to answer."""
 
+LOADING = 60.0
+"""Seconds that a local engine has to load: a small device takes its time, and nobody stands before it and speaks."""
+
 WRONG_CLOCK = 60.0
 """Seconds by which a clock may be wrong."""
 
@@ -72,9 +75,9 @@ def examine(configuration: Mapping[str, Any], file: Path, environ: Mapping[str, 
     yield from _services(configuration)
 
 
-def wait_for(link: Link, seconds: float = WAIT) -> None:
-    """Until it is known how the link stands, `seconds` at most."""
-    until = time.monotonic() + seconds
+def wait_for(link: Link) -> None:
+    """Until it is known how the link stands, `WAIT` seconds at most."""
+    until = time.monotonic() + WAIT
     while link.state is State.CONNECTING and time.monotonic() < until:
         time.sleep(0.02)
 
@@ -246,7 +249,7 @@ def _tried(configuration: Mapping[str, Any], kind: str, work: Callable[[str, Map
 def _hear(name: str, given: Mapping[str, Any], language: str) -> None:
     from agentvoicebox.plugins.device.local import LocalEar
 
-    ear = LocalEar(name, given)
+    ear = LocalEar(name, given, patience=LOADING)
     try:
         ear.hear(bytes(16_000), language)
     finally:
@@ -256,7 +259,7 @@ def _hear(name: str, given: Mapping[str, Any], language: str) -> None:
 def _speak(name: str, given: Mapping[str, Any], language: str) -> None:
     from agentvoicebox.plugins.device.local import LocalVoice
 
-    voice = LocalVoice(name, given)
+    voice = LocalVoice(name, given, patience=LOADING)
     try:
         for _ in voice.speak("one", language):
             pass

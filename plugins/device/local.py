@@ -34,9 +34,12 @@ class _Local:
 
     kind: Literal["stt", "tts"]
 
-    def __init__(self, name: str, configuration: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, name: str, configuration: Mapping[str, Any] | None = None, *, patience: float | None = None
+    ) -> None:
         self.name = name
         self._given = configuration
+        self._patience = patience
         self._engine: _Plugin | None = None
         self._why: AvbError | None = None
         self._lock = threading.Lock()
@@ -95,7 +98,7 @@ class _Local:
 
     def _ready(self) -> _Plugin:
         """The engine. Raises `Unavailable` when it is not there, or not in time."""
-        if not self._loaded.wait(LOADING):
+        if not self._loaded.wait(LOADING if self._patience is None else self._patience):
             raise Unavailable(f"The engine {self.name} is not loaded yet: try again.", code="engine_timeout")
         engine = self._engine
         if engine is None:

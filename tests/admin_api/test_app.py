@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -77,6 +78,7 @@ async def test_health_is_there_for_anybody(http: httpx.AsyncClient):
 
 async def test_readiness_names_what_is_missing(service: Any, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(health, "FRESH", 0.0)
+    monkeypatch.setattr(health, "PATIENCE", 60.0)
     reply = await http.get("/health/ready")
     assert (reply.status_code, reply.json()) == (200, {"status": "ok", "checks": {"db": "ok"}})
 
@@ -96,7 +98,9 @@ async def test_readiness_names_what_is_missing(service: Any, http: httpx.AsyncCl
     assert reply.json() == {"status": "down", "checks": {"db": "ok", "state": "degraded", "redis": "down"}}
 
 
-async def test_however_many_ask_each_part_is_asked_once_a_second():
+async def test_however_many_ask_each_part_is_asked_once_a_second(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(health, "time", SimpleNamespace(monotonic=lambda: now[0]))
     asked = 0
 
     async def part() -> None:
@@ -109,6 +113,9 @@ async def test_however_many_ask_each_part_is_asked_once_a_second():
     answers.append(await readiness.read())
     assert {answer.status for answer in answers} == {"ok"}
     assert asked == 1
+    now[0] += health.FRESH
+    assert (await readiness.read()).status == "ok"
+    assert asked == 2
 
 
 async def test_what_is_not_there_is_not_found(http: httpx.AsyncClient):

@@ -46,7 +46,7 @@ async def start(redis_url: str) -> AsyncIterator[Start]:
 
 async def test_it_works_until_it_is_told_to_stop_and_leaves_no_process(start: Start, redis_url: str) -> None:
     worker = await start("--kinds", "tts", "--processes", "1")
-    node = Streams(redis_url)
+    node = Streams(redis_url, patience=60)
     pool = Pool(runner=node)
     speech = await pool.speak(FLITE, "It is noon.", "en-US")
     assert speech.engine == FLITE.plugin

@@ -76,8 +76,8 @@ async def claimed(client: Any, http: httpx.AsyncClient, **more: Any) -> tuple[De
 
 
 async def refused(http: httpx.AsyncClient, device: Device) -> str:
-    """How the device's key is refused, which it is within a second."""
-    async with asyncio.timeout(5):
+    """How the device's key is refused, once it is."""
+    async with asyncio.timeout(30):
         while (reply := await http.get(CONFIG, headers=device.headers)).status_code == 200:
             await asyncio.sleep(0.02)
     return str(reply.json()["error"])
@@ -198,18 +198,20 @@ async def test_strangers_take_few_connections_to_the_store(
 ):
     """Keys are looked up over the same few: whoever comes from many addresses keeps nobody with a key waiting."""
     there: list[int] = [0]
-    arrived, go = asyncio.Event(), asyncio.Event()
+    full, go = asyncio.Event(), asyncio.Event()
 
     async def busy(*_: Any, **__: Any) -> pairings.Standing:
         there.append(there[-1] + 1)
-        arrived.set()
+        if there[-1] >= routes.STRANGERS:
+            full.set()
         await go.wait()
         there.append(there[-1] - 1)
         return pairings.Standing(State.WAITING)
 
     monkeypatch.setattr(pairings, "look", busy)
+    monkeypatch.setattr(routes, "PATIENCE", 60.0)
     asking = [asyncio.create_task(http.get(f"{PAIRINGS}/{uuid.uuid4()}")) for _ in range(6)]
-    await asyncio.wait_for(arrived.wait(), 10)
+    await asyncio.wait_for(full.wait(), 30)
     await asyncio.sleep(0.2)
     go.set()
     assert {reply.status_code for reply in await asyncio.gather(*asking)} == {200}
@@ -313,9 +315,9 @@ async def test_a_device_pairs_itself(client: Any, http: httpx.AsyncClient, servi
             pairing.pair, section, "Kitchen", lambda code: codes.put(code.digits), wait=lambda _: pausing.wait(0.05)
         )
     )
-    code = await asyncio.to_thread(codes.get, timeout=10)
+    code = await asyncio.to_thread(codes.get, timeout=60)
     assert (await client.http.post(DEVICES, json={"code": code})).json()["name"] == "Kitchen"
-    standing = await asyncio.wait_for(going, 10)
+    standing = await asyncio.wait_for(going, 60)
     assert (standing.state, standing.tenant) == ("paired", "A tenant")
     key = section.key()
     assert (await http.get(CONFIG, headers={"Authorization": f"Bearer {key}"})).status_code == 200
@@ -467,16 +469,16 @@ async def test_from_a_code_to_a_device_that_is_cut_off(stack: Any, new_customer:
     """Paired, it connects with its key, is told of each change, and what it tells is counted once."""
     customer = await new_customer(scopes=("admin",), wake_word="hey jarvis")
     async with (
-        httpx.AsyncClient(base_url=stack.url) as stranger,
-        httpx.AsyncClient(base_url=stack.url, headers=customer.headers) as admin,
+        httpx.AsyncClient(base_url=stack.url, timeout=60) as stranger,
+        httpx.AsyncClient(base_url=stack.url, headers=customer.headers, timeout=60) as admin,
     ):
         device = await begun(stranger, name="Kitchen")
         made = (await admin.post(DEVICES, json={"code": device.pairing["code"]})).json()
         address = stack.url.replace("http", "ws", 1) + wire.PATH
-        async with connect(address, additional_headers=device.headers, proxy=None) as socket:
+        async with connect(address, additional_headers=device.headers, open_timeout=60, proxy=None) as socket:
 
             async def said(kind: type[wire.Said]) -> Any:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     while not isinstance(frame := wire.decode(str(await socket.recv()), wire.FROM_PLATFORM), kind):
                         assert not isinstance(frame, wire.Problem)
                 return frame
@@ -515,6 +517,6 @@ async def test_from_a_code_to_a_device_that_is_cut_off(stack: Any, new_customer:
             await admin.patch(there, json={"enabled": False})
             assert await phrases() == [("hey jarvis", 0.5)]
             await admin.delete(f"{DEVICES}/{made['id']}")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await socket.wait_closed()
             assert socket.close_code == live.UNAUTHORISED

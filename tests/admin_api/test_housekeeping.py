@@ -31,7 +31,7 @@ async def test_a_task_that_fails_is_tried_again_and_stops_no_other(caplog: pytes
     keeping = Housekeeping(Task("well", 0.001, well), Task("ill", 0.001, ill), Task("away", 0.001, away))
     with caplog.at_level(logging.WARNING):
         keeping.start()
-        await asyncio.wait_for(enough.wait(), 10)
+        await asyncio.wait_for(enough.wait(), 30)
         await keeping.close()
     assert "The store is away." in caplog.text
     assert "ZeroDivisionError" in caplog.text

@@ -144,7 +144,7 @@ async def test_who_goes_away_ends_the_answer(client: Any, speaking: Any, service
     await asked.wait()
     asking.cancel()
     await asyncio.wait([asking])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await left.wait()
         while (await used(client)).get("llm_input_tokens", 0) == 0:
             await asyncio.sleep(0.01)

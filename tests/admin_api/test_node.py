@@ -56,7 +56,7 @@ def seen() -> set[str]:
 async def test_p15_request_id(service: Any, seen: set[str], path: str, method: str, sent: str | None):
     """Every response has an X-Request-ID of its own, whatever the client sends and however it ends."""
     headers = {} if sent is None else {"X-Request-ID": sent}
-    async with httpx.AsyncClient(base_url=service.url) as http:
+    async with httpx.AsyncClient(base_url=service.url, timeout=60) as http:
         reply = await http.request(method, path, headers=headers)
     (found,) = reply.headers.get_list("x-request-id")
     assert ID.fullmatch(found)

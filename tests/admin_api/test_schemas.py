@@ -47,8 +47,8 @@ async def test_p9_schema_validation(
     """An invalid body gets 400 and the error of its field; nothing of it is written."""
     field = data.draw(st.sampled_from(sorted(WRONG)))
     body = {"require_mfa": True} | {field: data.draw(WRONG[field])}
-    headers = {"X-Tenant-ID": str(wronged.tenant)}
-    async with httpx.AsyncClient(base_url=service.url, headers=dict(operator.headers) | headers) as http:
+    headers = {**operator.headers, "X-Tenant-ID": str(wronged.tenant)}
+    async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=60) as http:
         reply = await http.request(method, SETTINGS, json=body)
         assert reply.status_code == 400, body
         error = reply.json()
@@ -142,7 +142,7 @@ async def test_a_hundred_megabytes_are_refused_at_their_first_line(service: Any,
     path = "/api/v2/projects" if method != "DELETE" else f"/api/v2/projects/{client.key_id}"
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", f"X-API-Key: {client.key}", "Content-Length: 100000000"]
     writer.write("\r\n".join([*lines, "", ""]).encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert (await reader.readline()).startswith(b"HTTP/1.1 413")
     writer.close()
 
@@ -152,7 +152,7 @@ async def test_who_waits_to_be_told_is_not_told_to_go_on(service: Any, client: A
     reader, writer = await asyncio.open_connection(host, int(port))
     lines = ["POST /api/v2/projects HTTP/1.1", "Host: n", f"X-API-Key: {client.key}", "Expect: 100-continue"]
     writer.write("\r\n".join([*lines, "Content-Length: 100000000", "", ""]).encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert (await reader.readline()).startswith(b"HTTP/1.1 413")
     writer.close()
 

@@ -190,7 +190,7 @@ async def test_a_suspended_tenant_is_shut_out_and_comes_back(operator: httpx.Asy
     assert (await operator.post(f"{there}/suspend?reason=unpaid")).status_code == 400
     reply = await operator.post(f"{there}/suspend", json={"reason": "unpaid"})
     assert reply.json() == {"status": "suspended", "tenant_id": str(client.tenant)}
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         while (await client.http.get(ME)).status_code == 200:
             await asyncio.sleep(0.02)
     assert (await client.http.get(ME)).json()["error"] == "tenant_suspended"
@@ -198,7 +198,7 @@ async def test_a_suspended_tenant_is_shut_out_and_comes_back(operator: httpx.Asy
     assert (await operator.post(f"{there}/suspend", json={"reason": "again"})).status_code == 409
     reply = await operator.post(f"{there}/activate")
     assert reply.json() == {"status": "active", "tenant_id": str(client.tenant)}
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         while (await client.http.get(ME)).status_code != 200:
             await asyncio.sleep(0.02)
 

@@ -290,11 +290,11 @@ async def test_who_hangs_up_ends_the_work_and_pays_for_what_was_done(
 ):
     slow = service.app.state.engines = Slow(speaking.engines)
     async with (
-        httpx.AsyncClient(base_url=service.url, headers=client.http.headers) as caller,
+        httpx.AsyncClient(base_url=service.url, headers=client.http.headers, timeout=60) as caller,
         caller.stream("POST", TTS, json={"text": "Hello", "format": "pcm"}) as reply,
     ):
         assert len(await anext(reply.aiter_raw())) == 32_000
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await slow.closed.wait()
         while not await used(client):
             await asyncio.sleep(0.01)
