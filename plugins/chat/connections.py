@@ -30,6 +30,8 @@ KEYS: Final = ("authorization", "x-api-key")
 sending: ContextVar[Callable[[], None]] = ContextVar("sending")
 """Is called when an SDK has made the request that it was asked for: what goes wrong before is no provider's fault."""
 CONNECTIONS_KEPT: Final = 64
+DRAINING: Final = 0.05
+"""Seconds for the rest of an answer that has ended, before its connection is given up."""
 
 # Below warnings, SDKs repeat what was sent and to whom.
 for _name in ("openai", "anthropic", "groq"):
@@ -94,9 +96,9 @@ class Lines:
 
 
 async def drain(rest: AsyncGenerator[bytes, None]) -> None:
-    """Read what follows the end of an answer, so that its connection can be used again; not for longer than 50 ms."""
+    """Read what follows the end of an answer, so that its connection can be used again; not for long."""
     try:
-        async with asyncio.timeout(0.05):
+        async with asyncio.timeout(DRAINING):
             async for _ in rest:
                 pass
     except TimeoutError:

@@ -43,6 +43,9 @@ _LAST_ROUNDS = 3
 
 _CLOSING = 0.5
 _PAUSE = 0.02
+_STEP = 0.1
+"""Seconds between looks whether something has come: of a step that took far longer, no more than two are silence."""
+
 _UNKNOWN = 20
 """Frames of an unknown kind in a row: more than any later platform has reason to send."""
 
@@ -277,14 +280,19 @@ class Connection:
     async def _watch(self) -> None:
         """Raise `Silent` when the platform is gone while something is asked of it.
 
-        A device that has stood still itself blames nobody: the loop reads what has come before it looks at its timers.
+        A device that has stood still itself blames nobody: the loop reads what has come before it looks at its timers,
+        and only time in which it has run is silence. The platform may have stood still with it, on the same machine.
         """
         while True:
             await self._busy.wait()
+            heard, silent = self._heard(), 0.0
             while self._open:
-                heard = self._heard()
-                await asyncio.sleep(max(heard + SILENT - self._now(), _PAUSE))
-                if self._open and self._heard() == heard and heard + SILENT <= self._now():
+                before = self._now()
+                await asyncio.sleep(max(min(SILENT - silent, _STEP), _PAUSE))
+                passed, latest = min(self._now() - before, 2 * _STEP), self._heard()
+                silent = silent + passed if latest == heard else min(self._now() - latest, passed)
+                heard = latest
+                if self._open and silent >= SILENT:
                     raise Silent
                 self._let_go()
             self._busy.clear()

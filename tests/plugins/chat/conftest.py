@@ -8,6 +8,8 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ class Script:
     hold: asyncio.Event | None = None
     """After `after` words, the provider waits for this."""
     after: int = 2
-    """Words said before it holds, or fails in the middle."""
+    """Words said (or pings) before it holds, or fails in the middle."""
     fail: str = ""
     times: int = 1_000_000
     """So many requests fail; the next ones are answered."""
@@ -70,7 +72,7 @@ class Provider:
         self.open = 0
         self.left = asyncio.Event()
         self.said = asyncio.Event()
-        """Set after `after` words, and before holding or failing."""
+        """Set after `after` words, and before holding or failing; when it hangs, once it has been asked."""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -222,13 +224,16 @@ class Provider:
 
     async def fail_hang(self, script: Script, writer: asyncio.StreamWriter, asked: Asked) -> None:
         """Says nothing, for ever."""
+        self.said.set()
         await asyncio.Event().wait()
 
     async def fail_drip(self, script: Script, writer: asyncio.StreamWriter, asked: Asked) -> None:
         """Keeps the connection alive, and says nothing."""
         await self._head(writer, _kind(asked.path))
-        while True:
+        for number in count():
             await self._say(writer, ": ping\n\n")
+            if number == script.after:
+                self.said.set()
             await asyncio.sleep(0.02)
 
     async def fail_hang_later(self, script: Script, writer: asyncio.StreamWriter, asked: Asked) -> None:
@@ -436,3 +441,46 @@ async def providers() -> AsyncIterator[NewProvider]:
 
 
 # ---- end of the section --------------------------------------------------------------------------------------------
+
+
+class Waits:
+    """Stands for `asyncio` in a module, whose waits then end when a test says so.
+
+    A short wait in place of that may be over before what should come first has come: machines stand still at times.
+    """
+
+    def __init__(self) -> None:
+        self.granted: list[float] = []
+        """The seconds of each wait that has begun."""
+        self._begun: list[asyncio.Timeout] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def timeout(self, delay: float) -> asyncio.Timeout:
+        return self.timeout_at(asyncio.get_running_loop().time() + delay)
+
+    def timeout_at(self, when: float) -> asyncio.Timeout:
+        self.granted.append(when - asyncio.get_running_loop().time())
+        self._begun.append(asyncio.timeout_at(when))
+        return self._begun[-1]
+
+    async def over(self, task: asyncio.Future[Any]) -> None:
+        """End each wait, now and as they begin, until `task` is done."""
+        while not task.done():
+            for each in self._begun:
+                with suppress(RuntimeError):  # it has ended
+                    each.reschedule(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Waits]:
+    """`waits(module)` are those of this module from now on (see there)."""
+
+    def take(module: ModuleType) -> Waits:
+        made = Waits()
+        monkeypatch.setattr(module, "asyncio", made)
+        return made
+
+    return take

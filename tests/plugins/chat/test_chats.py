@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import ssl
 import traceback
 from collections.abc import AsyncIterator
@@ -20,14 +21,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from agentvoicebox.config.errors import AvbError, BadInput, Unavailable
-from agentvoicebox.plugins.chat import Chats, Delta, Endpoint, Patience, ProviderFailed, Reach, Request, Tokens, chats
+from agentvoicebox.plugins.chat import (
+    Chats,
+    Delta,
+    Endpoint,
+    Patience,
+    ProviderFailed,
+    Reach,
+    Request,
+    Tokens,
+    chats,
+    connections,
+)
 
 PROVIDERS = ("openai", "compatible", "groq", "anthropic", "ollama")
 KEY = "sk-a-key-that-nobody-may-see"
 SECRET = "my cat is called Schroedinger"
-HASTY = Patience(first=0.5, between=0.3, pause=0.001)
-"""For servers that say nothing."""
-REACH = Reach(tls=ssl.create_default_context())
+PATIENT = Patience(first=60.0, between=90.0, begin=200.0, pause=0.001)
+"""For all that comes at some time; a test that wants a wait to end ends it, see `Waits`."""
+REACH = Reach(connect=60.0, tls=ssl.create_default_context())
 """Reading the world's certificates takes time, and nobody here has one."""
 LIGHT = {"type": "function", "function": {"name": "light", "description": "A lamp.", "parameters": {"type": "object"}}}
 
@@ -39,16 +51,8 @@ def ask(**more: Any) -> Request:
 
 @pytest.fixture
 async def chat() -> AsyncIterator[Chats]:
-    """With the usual patience, but short pauses."""
-    made = Chats(Patience(pause=0.001), REACH)
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-async def hasty() -> AsyncIterator[Chats]:
-    """With little patience."""
-    made = Chats(HASTY, REACH)
+    """With much patience, but short pauses."""
+    made = Chats(PATIENT, REACH)
     yield made
     await made.close()
 
@@ -175,15 +179,22 @@ FAILURES = [
 @pytest.mark.parametrize("provider", ["openai", "groq", "anthropic", "ollama"])
 @pytest.mark.parametrize(("fail", "code"), FAILURES)
 async def test_what_a_provider_does_wrong_has_a_name_and_leaks_nothing(
-    providers: Any, chat: Chats, hasty: Chats, caplog: pytest.LogCaptureFixture, provider: str, fail: str, code: str
+    providers: Any, chat: Chats, waits: Any, caplog: pytest.LogCaptureFixture, provider: str, fail: str, code: str
 ) -> None:
     if (provider, fail) == ("ollama", "drip"):
         code = "provider_garbage"  # its protocol knows no comments
-    chat = hasty if code == "provider_timeout" else chat
+    ours = waits(chats)
     caplog.set_level(logging.DEBUG)
     server = await providers(fail=fail)
     answer = chat.stream([(endpoint(server, provider), "small")], ask())
-    text, error = await failing(answer)
+    listening = asyncio.create_task(failing(answer))
+    if code == "provider_timeout":
+        async with asyncio.timeout(PATIENT.first):
+            await server.said.wait()
+        await ours.over(listening)
+        [granted] = ours.granted  # signs of life do not prolong it
+        assert granted == pytest.approx(PATIENT.first, abs=10)
+    text, error = await listening
     assert (text, error.code, error.status) == ("", code, 502)
     assert isinstance(error, ProviderFailed)
     assert error.tokens == answer.tokens == Tokens(0, 0)
@@ -210,13 +221,20 @@ async def test_what_a_provider_does_wrong_has_a_name_and_leaks_nothing(
     ],
 )
 async def test_half_a_sentence_is_handed_on_once_and_paid_for(
-    providers: Any, chat: Chats, hasty: Chats, provider: str, fail: str, code: str
+    providers: Any, chat: Chats, waits: Any, provider: str, fail: str, code: str
 ) -> None:
-    chat = hasty if code == "provider_timeout" else chat
+    ours = waits(chats)
     server = await providers(text="Once upon a time there was", fail=fail, after=3)
     other = await providers()
     choices = [(endpoint(server, provider), "small"), (endpoint(other), "small")]
-    text, error = await failing(chat.stream(choices, ask()))
+    answer = chat.stream(choices, ask())
+    listening = asyncio.create_task(failing(answer))
+    if code == "provider_timeout":
+        while answer.tokens.output < 3 and not listening.done():  # until all three words have come
+            await asyncio.sleep(0.001)
+        await ours.over(listening)
+        assert ours.granted[-1] == pytest.approx(PATIENT.between, abs=10)
+    text, error = await listening
     assert (text, error.code) == ("Once upon a", code)
     assert isinstance(error, ProviderFailed)
     if provider == "anthropic":  # has counted the prompt by then
@@ -227,14 +245,22 @@ async def test_half_a_sentence_is_handed_on_once_and_paid_for(
     assert (len(server.asked), other.asked) == (1, [])
 
 
+async def test_a_provider_that_says_nothing_is_not_waited_for(providers: Any) -> None:
+    server = await providers(fail="hang")
+    chat = Chats(Patience(first=0.1), REACH)
+    _, error = await failing(chat.stream([(endpoint(server), "small")], ask()))
+    assert error.code == "provider_timeout"
+    await chat.close()
+
+
 async def test_an_unreachable_provider_gives_way_to_the_next_choice(providers: Any, chat: Chats) -> None:
     server = await providers(text="Here.")
-    closed = await providers()
-    await closed.stop()
-    dead = Endpoint("openai", KEY, f"http://127.0.0.1:{server.port + 1 if server.port < 65_535 else 1}/v1")
-    answer = chat.stream([(dead, "large"), (endpoint(server), "small")], ask())
-    assert answer.endpoint is None
-    assert "".join([delta.text async for delta in answer]) == "Here."
+    with socket.socket() as held:  # a port at which nobody listens, and nobody else will
+        held.bind(("127.0.0.1", 0))
+        dead = Endpoint("openai", KEY, f"http://127.0.0.1:{held.getsockname()[1]}/v1")
+        answer = chat.stream([(dead, "large"), (endpoint(server), "small")], ask())
+        assert answer.endpoint is None
+        assert "".join([delta.text async for delta in answer]) == "Here."
     assert (answer.endpoint, answer.model) == (endpoint(server), "small")
 
 
@@ -255,7 +281,7 @@ async def test_a_provider_that_wants_a_long_pause_gives_way_at_once(providers: A
 async def test_nobody_waits_longer_than_our_patience(providers: Any) -> None:
     busy = await providers(fail="error")
     server = await providers(text="Here.")
-    chat = Chats(Patience(begin=10.0, pause=60.0, longest_pause=60.0), REACH)
+    chat = Chats(Patience(begin=25.0, pause=60.0, longest_pause=60.0), REACH)  # it pauses for 30 s at least
     answer = chat.stream([(endpoint(busy), "small"), (endpoint(server), "small")], ask())
     assert "".join([delta.text async for delta in answer]) == "Here."
     assert len(busy.asked) == 1
@@ -483,7 +509,8 @@ async def test_before_the_first_word_a_prompt_that_is_being_read_costs_something
     assert answer.tokens == Tokens(17, 0, estimated=True)
 
 
-async def test_connections_are_used_again(providers: Any, chat: Chats) -> None:
+async def test_connections_are_used_again(providers: Any, chat: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "DRAINING", 60.0)
     server = await providers()
     for provider in ("openai", "groq", "anthropic", "ollama"):
         for _ in range(3):
@@ -592,7 +619,7 @@ async def test_a_tenant_s_url_is_connected_to_the_address_that_was_looked_at(
         asked.append(host)
         return ["127.0.0.1"] if len(asked) == 1 else ["127.0.0.1", "127.0.0.2"]
 
-    chat = Chats(HASTY, Reach(resolve, allowed=lambda address: address == "127.0.0.1", tls=believed))
+    chat = Chats(PATIENT, Reach(resolve, lambda address: address == "127.0.0.1", REACH.connect, believed))
     url = f"https://models.example:{server.port}" + ("/v1" if provider == "openai" else "")
     there = Endpoint(provider, KEY, url, trusted=False)
     assert [delta.finish async for delta in chat.stream([(there, "small")], ask())][-1] == "stop"
@@ -611,7 +638,7 @@ async def test_a_tenant_s_server_must_have_the_certificate_of_its_name(providers
     async def resolve(host: str, port: int) -> list[str]:
         return ["127.0.0.1"]
 
-    chat = Chats(HASTY, Reach(resolve, allowed=lambda _: True, tls=believed))
+    chat = Chats(PATIENT, Reach(resolve, lambda _: True, REACH.connect, believed))
     there = Endpoint("openai", KEY, f"https://models.example:{server.port}/v1", trusted=False)
     _, error = await failing(chat.stream([(there, "small")], ask()))
     assert (error.code, server.asked) == ("provider_unreachable", [])
@@ -622,7 +649,7 @@ async def test_a_tenant_s_name_that_nobody_knows_is_unreachable(providers: Any) 
     async def resolve(host: str, port: int) -> list[str]:
         raise OSError
 
-    chat = Chats(HASTY, Reach(resolve))
+    chat = Chats(PATIENT, Reach(resolve))
     there = Endpoint("compatible", KEY, "https://models.example/v1", trusted=False)
     assert (await failing(chat.stream([(there, "small")], ask())))[1].code == "provider_unreachable"
     await chat.close()

@@ -20,7 +20,7 @@ from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from agentvoicebox.plugins.device import wire
+from agentvoicebox.plugins.device import connection, wire
 from agentvoicebox.plugins.device.choices import Choices
 from agentvoicebox.plugins.device.link import Link, State
 from agentvoicebox.plugins.device.section import Section
@@ -29,6 +29,7 @@ KEY = "avb_" + "k" * 43
 SPEECH = b"\1\2" * 100
 PATIENCE = 30.0
 """Seconds that a test waits for what must happen at some time."""
+SILENT = connection.SILENT
 
 Part = Any
 """Of an answer: something said, a frame as it is, seconds to wait, or a function that is given the socket."""
@@ -136,7 +137,7 @@ class Platform:
                 task.cancel()
             await asyncio.gather(*rest, return_exceptions=True)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(PATIENCE):
                     while len(self._loop._selector.get_map()) > 1:  # handshakes that fail close their sockets later
                         await asyncio.sleep(0.005)
 
@@ -224,6 +225,19 @@ class Platform:
             await asyncio.sleep(part)
         else:
             await part(socket)
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links wait for long unless a test is about that: what answers them may stand still for seconds."""
+    for name in ("OPENING", "WELCOME", "SILENT", "FORGOTTEN"):
+        monkeypatch.setattr(connection, name, PATIENCE)
+
+
+@pytest.fixture
+def silence(_patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links wait for no platform that says nothing for longer than everywhere."""
+    monkeypatch.setattr(connection, "SILENT", SILENT)
 
 
 @pytest.fixture

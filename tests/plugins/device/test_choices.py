@@ -6,7 +6,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentvoicebox.plugins.device import choices
@@ -31,7 +31,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(CHOICES)
 def test_choices_arrive_as_they_are(told: Choices) -> None:
     again = choices.of(json.loads(json.dumps(told.as_dict())))
@@ -39,13 +38,11 @@ def test_choices_arrive_as_they_are(told: Choices) -> None:
     assert again.etag == told.etag
 
 
-@settings(deadline=None)
 @given(CHOICES, CHOICES)
 def test_the_tag_is_the_same_for_the_same_choices_only(one: Choices, other: Choices) -> None:
     assert (one.etag == other.etag) == (one.as_dict() == other.as_dict())
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*Choices().as_dict(), "later"]), JSON, max_size=5) | JSON)
 def test_nonsense_is_refused_and_nothing_else_happens(told: object) -> None:
     with contextlib.suppress(ValueError):

@@ -22,6 +22,8 @@ from agentvoicebox.plugins.device import wire
 from agentvoicebox.plugins.device.choices import Choices, WakeWord
 from agentvoicebox.plugins.device.link import Away, Failed, Link, State
 
+PATIENCE = 30.0
+"""Seconds for an answer that comes at some time."""
 ACME = Choices(tenant="Acme", language="de-DE", voice="af_sarah", wake_words=(WakeWord("okay nabu"),))
 
 
@@ -77,9 +79,9 @@ async def test_the_persona_answers_on_any_loop(link: Link, platform: Any) -> Non
 
 
 def test_skills_ask_about_their_tenant(link: Link) -> None:
-    assert link.about("skill-account") == {"skill": "skill-account"}
-    assert link.choose("Bo") == "Bo"
-    assert link.choose("") == "Ada"
+    assert link.about("skill-account", PATIENCE) == {"skill": "skill-account"}
+    assert link.choose("Bo", PATIENCE) == "Bo"
+    assert link.choose("", PATIENCE) == "Ada"
 
 
 def test_a_problem_is_told_with_its_code(link: Link, platform: Any) -> None:
@@ -91,8 +93,8 @@ def test_a_problem_is_told_with_its_code(link: Link, platform: Any) -> None:
         listening.result,
         lambda: list(link.speak("Hello.")),
         lambda: list(link.ask("Why?")),
-        link.about,
-        lambda: link.choose("Bo"),
+        lambda: link.about(timeout=PATIENCE),
+        lambda: link.choose("Bo", PATIENCE),
     ):
         with pytest.raises(Failed) as failed:
             ask()
@@ -126,13 +128,13 @@ def test_what_is_cancelled_is_told_so_and_its_late_answer_hurts_nobody(
         assert next(speaking) == (b"\1\2", 24_000)
     until(lambda: platform.told(wire.Cancel))
     platform.push(wire.audio(1, b"\3\4"), wire.Done(1), wire.Problem(1, "late", "Late."))
-    assert link.about() == {"skill": ""}
+    assert link.about(timeout=PATIENCE) == {"skill": ""}
 
 
 def test_a_text_that_no_frame_holds_is_refused(link: Link) -> None:
     with pytest.raises(TooLarge):
         link.ask("x" * wire.LARGEST_FRAME)
-    assert link.about() == {"skill": ""}
+    assert link.about(timeout=PATIENCE) == {"skill": ""}
 
 
 def test_a_caller_waits_no_longer_than_it_wants_to(link: Link, platform: Any, until: Callable[..., Any]) -> None:
@@ -140,7 +142,7 @@ def test_a_caller_waits_no_longer_than_it_wants_to(link: Link, platform: Any, un
     with pytest.raises(Away, match="in time"):
         link.about(timeout=0.05)
     until(lambda: platform.told(wire.Cancel))
-    assert link.choose("Bo") == "Bo"
+    assert link.choose("Bo", PATIENCE) == "Bo"
 
 
 def test_before_it_is_up_nothing_is_tried(new_link: Any) -> None:
@@ -179,7 +181,7 @@ def test_a_link_that_is_closed_at_once_ends(new_link: Any) -> None:
 
 def test_a_later_platform_may_say_more(link: Link, platform: Any) -> None:
     platform.answers[wire.About] = lambda said: ['{"type":"mood","id":1}', wire.Told(said.id, {"skill": "x"})]
-    assert link.about() == {"skill": "x"}
+    assert link.about(timeout=PATIENCE) == {"skill": "x"}
     assert link.state is State.UP
 
 
@@ -189,7 +191,7 @@ def test_the_key_is_never_in_the_log(
     with caplog.at_level(logging.DEBUG):
         link = new_link()
         until(lambda: link.state is State.UP)
-        link.about()
+        link.about(timeout=PATIENCE)
     own = [record.getMessage() for record in caplog.records if record.name != "websockets.server"]
     told = "\n".join([*own, *lines])
     assert "Bearer" not in told
@@ -287,7 +289,7 @@ def test_a_device_that_is_paired_anew_belongs_to_its_new_tenant_without_a_restar
 
 def test_nonsense_for_choices_is_passed_over(link: Link, platform: Any, lines: list[str]) -> None:
     platform.push(wire.Configured("x", {"speed": "fast"}), wire.Configured("y", {"wake_words": [{}]}))
-    assert link.about() == {"skill": ""}
+    assert link.about(timeout=PATIENCE) == {"skill": ""}
     assert link.choices == Choices()
     assert len(lines) == 2
     assert all("choices" in line for line in lines)
@@ -328,7 +330,7 @@ def test_a_subscriber_that_takes_its_time_holds_up_no_request(
         platform.choices = Choices(tenant=tenant)
         platform.push(platform.configured())
         assert loading.wait(30)
-    assert link.about() == {"skill": ""}
+    assert link.about(timeout=PATIENCE) == {"skill": ""}
     until(lambda: link.choices.tenant == "Delta")
     loaded.set()
     until(lambda: heard[-1] == "Delta")
@@ -376,17 +378,23 @@ def test_reports_wait_for_a_platform_that_is_away(new_link: Any, platform: Any, 
     assert max(len(report.events) for report in platform.told(wire.Report)) <= wire.MOST_EVENTS
 
 
-def test_reports_survive_the_end_of_the_process(new_link: Any, platform: Any, until: Callable[..., Any]) -> None:
+def test_reports_survive_the_end_of_the_process(
+    new_link: Any, platform: Any, until: Callable[..., Any], tmp_path: Path
+) -> None:
     platform.stop()
     link = new_link()
     link.report("stt", engine="local")
     link.close()
+    assert list(tmp_path.glob("state/*.jsonl"))
     again = new_link()
     platform.start()
-    until(lambda: platform.events)
+    # It is told, the device knows that, and has nothing of it on its disk any more.
+    until(lambda: platform.events and not len(again._outbox) and not list(tmp_path.glob("state/*.jsonl")))
     again.close()
     assert len(platform.events) == 1
-    assert len(new_link()._outbox) == 0
+    third = new_link()
+    until(lambda: third.state is State.UP)
+    assert len(third._outbox) == 0
 
 
 # --- the link of a process --------------------------------------------------------------------------------------------
@@ -442,7 +450,9 @@ def test_a_child_of_a_process_has_a_link_of_its_own(configured: dict[str, Any], 
 import os, sys, time
 from ovos_config import config
 config.Configuration = lambda: {{"agentvoicebox": {told!r}}}
+from agentvoicebox.plugins.device import connection
 from agentvoicebox.plugins.device.link import Away, State, shared
+connection.SILENT = connection.FORGOTTEN = 30.0
 mine = shared("core")
 while mine.state is not State.UP: time.sleep(0.01)
 child = os.fork()
@@ -490,7 +500,7 @@ def test_links_leave_nothing_behind(new_link: Any, until: Callable[..., Any]) ->
     for _ in range(5):
         link = new_link()
         until(lambda link=link: link.state is State.UP)
-        link.about()
+        link.about(timeout=PATIENCE)
         link.close()
     gc.collect()
     until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)

@@ -238,7 +238,7 @@ def test_an_answer_that_drips_is_not_waited_for(
     platform.looks = [(200, b"{}")]
     platform.headers = {"Transfer-Encoding": "identity"}
     stuck = threading.Event()
-    platform.server.RequestHandlerClass.do_GET = lambda handler: stuck.wait(5)  # type: ignore[attr-defined]
+    platform.server.RequestHandlerClass.do_GET = lambda handler: stuck.wait(60)  # type: ignore[attr-defined]
     with pytest.raises(Unavailable, match="does not answer"):
         pairing.check(device)
     stuck.set()

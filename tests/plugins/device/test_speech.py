@@ -16,6 +16,9 @@ from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.plugins.stt import TenantSTT
 from agentvoicebox.plugins.tts import TenantTTS
 
+PATIENCE = 60.0
+"""Seconds for what comes at some time; as long as a device may wait for an answer."""
+
 
 @pytest.fixture
 async def link(stack: Any, new_customer: Any, tmp_path: Path) -> AsyncIterator[Link]:
@@ -23,17 +26,16 @@ async def link(stack: Any, new_customer: Any, tmp_path: Path) -> AsyncIterator[L
     key = tmp_path / "device.key"
     key.write_text(customer.key)
     link = Link(Section(stack.url, key, state=tmp_path), "listener", name="device")
-    for _ in range(500):
-        if link.state is State.UP:
-            break
+    until = time.monotonic() + PATIENCE
+    while link.state is not State.UP:
+        assert time.monotonic() < until, link.reason
         await asyncio.sleep(0.02)
-    assert link.state is State.UP, link.reason
     yield link
     await asyncio.to_thread(link.close)
 
 
 async def test_a_node_hears_what_is_said_to_a_device(link: Link, speech: Callable[..., bytes]):
-    ear = TenantSTT({"fallback": ""}, link=link)
+    ear = TenantSTT({"fallback": "", "patience": PATIENCE}, link=link)
     pcm = speech("what time is it")
 
     def say() -> list[tuple[str, float]]:
@@ -49,7 +51,7 @@ async def test_a_node_hears_what_is_said_to_a_device(link: Link, speech: Callabl
 
 
 async def test_a_node_speaks_for_a_device(link: Link, tmp_path: Path):
-    voice = TenantTTS({"fallback": "", "lang": "en-US"}, link=link)
+    voice = TenantTTS({"fallback": "", "patience": PATIENCE, "lang": "en-US"}, link=link)
     path, _ = await asyncio.to_thread(voice.get_tts, "It is five o'clock.", str(tmp_path / "a.wav"))
     with wave.open(path) as wav:
         assert wav.getnframes() / wav.getframerate() > 0.7

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentvoicebox.plugins.device import wire
@@ -43,7 +43,6 @@ def said(kind: type[Any]) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", KNOWN, ids=lambda kind: kind.type)
-@settings(deadline=None)
 @given(data=st.data())
 def test_what_is_said_arrives(kind: type[Any], data: Any) -> None:
     told = data.draw(said(kind))
@@ -55,13 +54,11 @@ def test_every_kind_has_a_name_of_its_own() -> None:
         assert len({kind.type for kind in side}) == len(side)
 
 
-@settings(deadline=None)
 @given(NUMBER, st.binary(max_size=100).map(lambda pcm: pcm[: len(pcm) & ~1]))
 def test_audio_arrives_with_its_number(number: int, pcm: bytes) -> None:
     assert wire.split(wire.audio(number, pcm)) == (number, pcm)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=20))
 def test_audio_is_a_number_and_whole_samples(frame: bytes) -> None:
     if len(frame) >= 4 and len(frame) % 2 == 0:
@@ -71,7 +68,6 @@ def test_audio_is_a_number_and_whole_samples(frame: bytes) -> None:
             wire.split(frame)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60) | JSON.map(json.dumps) | OBJECT.map(lambda told: json.dumps({"type": "sound", **told})))
 def test_what_is_garbled_is_called_so_and_nothing_else_happens(frame: str) -> None:
     with contextlib.suppress(wire.Garbled):
