@@ -24,7 +24,7 @@ CONNECT = 2.0
 SILENCE = 30.0
 """Seconds in which it must say something, if only that it is still there."""
 
-TELL = 1.0
+TELL = 3.0
 """Seconds that whoever asks a short question waits for its answer."""
 
 MOST = 1024 * 1024

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from websockets.asyncio.client import connect
 
@@ -25,6 +26,10 @@ for _name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG
 
 # A shell has what it starts in the background ignore SIGINT; so would all that tests start and then break off.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Otherwise an example that takes 0.2 s on a busy machine is taken for a mistake.
+hypothesis.settings.register_profile("patient", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("patient")
 
 if TYPE_CHECKING:
     from agentvoicebox.admin_api.stack import Stack
@@ -106,9 +111,8 @@ class Wiretap:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.sleep(0.2)
-        self._reader.cancel()
+        await self._socket.close()  # the bus answers that after all that it has sent before, and the reader ends
         await asyncio.gather(self._reader, return_exceptions=True)
-        await self._socket.close()
 
     async def _read(self) -> None:
         async for frame in self._socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from ovos_utils.fakebus import FakeBus
 
 from agentvoicebox.bus_bridge import client
 from agentvoicebox.config.errors import NotFound
-from agentvoicebox.plugins import persona, tenant
-from agentvoicebox.plugins.device import link
+from agentvoicebox.plugins import node, persona, tenant
+from agentvoicebox.plugins.device import connection, link
 from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.tenancy import personas, skills
 from agentvoicebox.tenancy.personas import Character
@@ -62,6 +63,15 @@ async def test_personas_are_listed_and_chosen_by_name(stack: Any, new_customer: 
             assert name in (await session.write("who am I talking to")).text
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stalls for seconds is no platform that is away."""
+    monkeypatch.setattr(node, "TELL", 30.0)
+    monkeypatch.setattr(connection, "SILENT", 30.0)
+    monkeypatch.setattr(link.Link, "choose", functools.partialmethod(link.Link.choose, timeout=30.0))
+
+
+@pytest.mark.usefixtures("patient")
 async def test_a_skill_on_a_device_knows_its_tenant(
     stack: Any, new_customer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +89,7 @@ async def test_a_skill_on_a_device_knows_its_tenant(
         monkeypatch.setattr(link, "shared", lambda process, device=device: device)
         monkeypatch.setattr(tenant, "Configuration", lambda: {"agentvoicebox": {"url": stack.url}})
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while device.state is not link.State.UP:
                     await asyncio.sleep(0.01)
             whose = await asyncio.to_thread(tenant.current, message)
@@ -94,6 +104,7 @@ async def test_a_skill_on_a_device_knows_its_tenant(
             await asyncio.to_thread(device.close)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_the_persona_of_a_device_is_its_tenants(
     stack: Any, new_customer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,12 +126,12 @@ async def test_the_persona_of_a_device_is_its_tenants(
         said.clear()
         assert stage.match([text], "en-us", Message("")) is not None
         bus.emit(Message("avb.persona.ask", {"utterance": text, "lang": "en-us"}))
-        await asyncio.wait_for(ended.get(), 20)
+        await asyncio.wait_for(ended.get(), 30)
         return " ".join(said)
 
     try:
         assert stage.match(["hello"], "en-us", Message("")) is None or device.state is link.State.UP
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while device.state is not link.State.UP:
                 await asyncio.sleep(0.01)
         assert await ask("talk to Ada") == "You are talking to Ada now."

@@ -7,6 +7,7 @@ import json
 import threading
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise, repeat
 from pathlib import Path
 from types import MappingProxyType
@@ -23,12 +24,13 @@ from parts import corpus
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from agentvoicebox.plugins.device import wire
+from agentvoicebox.plugins.device import connection, wire
 from agentvoicebox.plugins.device.choices import Choices
 from agentvoicebox.plugins.device.link import Link, State
 from agentvoicebox.plugins.device.section import Section
 from agentvoicebox.plugins.flite import FliteTTS
 from agentvoicebox.plugins.kokoro import MODEL, VOICES
+from agentvoicebox.plugins.pool import line
 
 Say = Callable[..., tuple[bytes, int]]
 
@@ -374,11 +376,11 @@ class Platform:
         self.die()
         self._do(self._server.wait_closed())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(30)
         self._loop.close()
 
     def _do(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(_awaited(work), self._loop).result(30)
 
     async def _serve(self, port: int) -> Server:
         return await serve(self._meet, "127.0.0.1", port, compression=None)
@@ -476,8 +478,13 @@ def platforms() -> Iterator[Callable[..., Platform]]:
 
 
 @pytest.fixture
-def links(tmp_path: Path) -> Iterator[Callable[[Platform, str], Link]]:
-    """`links(platform, process)` is a link that is up and knows what the tenant has chosen."""
+def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Platform, str], Link]]:
+    """`links(platform, process)` is a link that is up and knows what the tenant has chosen.
+
+    It bears with a machine that stalls: how it notices a platform that is silent is for the tests of the link.
+    """
+    monkeypatch.setattr(connection, "SILENT", 30.0)
+    monkeypatch.setattr(connection, "FORGOTTEN", 60.0)
     made: list[Link] = []
 
     def make(platform: Platform, process: str) -> Link:
@@ -494,7 +501,7 @@ def links(tmp_path: Path) -> Iterator[Callable[[Platform, str], Link]]:
         each.close()
 
 
-def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
+def until(true: Callable[[], Any], seconds: float = 30.0) -> None:
     """Return when it is; fail when it takes too long."""
     still = threading.Event()
     for _ in range(int(seconds / 0.01)):
@@ -507,6 +514,42 @@ def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
 @pytest.fixture(name="until")
 def _until() -> Callable[..., None]:
     return until
+
+
+class Deadlines:
+    """The time-outs of those who wait for an engine of a pool. A test says when one is over, so that no clock does."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[asyncio.Timeout, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def timeout_at(self, when: float) -> asyncio.Timeout:
+        """What the line calls in place of `asyncio.timeout_at`."""
+        made = asyncio.timeout_at(when)
+        self._made.append((made, when - asyncio.get_running_loop().time()))
+        return made
+
+    @property
+    def last(self) -> float:
+        """How many seconds the last that began to wait had."""
+        return self._made[-1][1]
+
+    def over(self, seconds: float) -> None:
+        """Those who had so many seconds, or fewer, have waited long enough."""
+        for made, given in self._made:
+            if given <= seconds:
+                with suppress(RuntimeError):  # it has ended otherwise
+                    made.reschedule(asyncio.get_running_loop().time())
+
+
+@pytest.fixture
+def deadlines(monkeypatch: pytest.MonkeyPatch) -> Deadlines:
+    """Lets a test say when a deadline is over."""
+    made = Deadlines()
+    monkeypatch.setattr(line, "asyncio", made)
+    return made
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ class Platform:
                 self._test.call_soon_threadsafe(self.cancelled.put_nowait, request.number)
 
     async def next(self) -> Asking:
-        return await asyncio.wait_for(self.askings.get(), 10)
+        return await asyncio.wait_for(self.askings.get(), 30)
 
     async def hung_up(self, asking: Asking) -> None:
-        assert await asyncio.wait_for(self.cancelled.get(), 10) == asking.number
+        assert await asyncio.wait_for(self.cancelled.get(), 30) == asking.number
 
 
 class Bus(FakeBus):  # type: ignore[misc]
@@ -67,9 +67,9 @@ class Bus(FakeBus):  # type: ignore[misc]
         self.on("message", lambda text: loop.call_soon_threadsafe(self.said.put_nowait, json.loads(text)))
 
     async def until(self, kind: str) -> list[dict[str, Any]]:
-        messages = [await asyncio.wait_for(self.said.get(), 10)]
+        messages = [await asyncio.wait_for(self.said.get(), 30)]
         while messages[-1]["type"] != kind:
-            messages.append(await asyncio.wait_for(self.said.get(), 10))
+            messages.append(await asyncio.wait_for(self.said.get(), 30))
         return messages
 
     async def answer(self) -> list[str]:
@@ -309,7 +309,7 @@ async def test_a_solver_that_hangs_is_given_up_and_fills_no_threads(
 
     def hang(query: str) -> str:
         begun.release()
-        go.wait(10)
+        go.wait(60)
         return "late"
 
     monkeypatch.setattr(near, "answers", staticmethod(hang))
@@ -320,9 +320,9 @@ async def test_a_solver_that_hangs_is_given_up_and_fills_no_threads(
     )
     assert [begun.acquire(blocking=False) for _ in range(askers.MOST_NEAR + 1)].count(True) <= askers.MOST_NEAR
     monkeypatch.setattr(near, "answers", staticmethod(lambda query: "It works again."))
-    monkeypatch.setattr(askers, "NEAR", 10.0)
+    monkeypatch.setattr(askers, "NEAR", 30.0)
     go.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (said := await solver.ask("why", "en-us")):  # until a thread has come back
             await asyncio.sleep(0.01)
     assert said == "It works again."

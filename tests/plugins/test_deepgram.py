@@ -188,6 +188,7 @@ def test_a_service_that_hangs_or_drips_has_so_much_time_altogether(service: Serv
     setattr(service, how, True)
     ear = DeepgramSTT({"key": KEY, "url": service.url, "timeout": 0.2})
     assert error_of(ear).code == "engine_timeout"
+    ear.timeout = 30.0  # what is to be closed has its time
     ear.shutdown()
 
 

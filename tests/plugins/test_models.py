@@ -190,7 +190,7 @@ def test_two_processes_fetch_it_once(server: Server, tmp_path: Path):
     command = [sys.executable, "-c", FETCH, NAME, url, str(tmp_path), *files]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in running:
-        _, trouble = process.communicate(timeout=60)
+        _, trouble = process.communicate(timeout=300)
         assert process.returncode == 0, trouble.decode()
     assert whole(tmp_path)
     assert [name for name, _ in server.asked] == ["a.bin", "b.json"]
@@ -309,10 +309,10 @@ async def test_a_first_start_that_is_stopped_stops_the_download(
 
     def tell(step: str) -> None:
         loop.call_soon_threadsafe(begun.set)
-        go_on.wait(10)
+        go_on.wait(60)
 
     fetching = asyncio.create_task(models.fetch_defaults(tmp_path, "base", tell))
-    await asyncio.wait_for(begun.wait(), 10)
+    await asyncio.wait_for(begun.wait(), 30)
     fetching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetching

@@ -40,14 +40,14 @@ class Sized(STT):
     def execute(self, audio: Any, language: str | None = None) -> str:
         if self.config.get("slow"):
             Sized.started.set()
-            Sized.gate.wait(10)
+            Sized.gate.wait(60)
         return str(self.config["name"])
 
     def shutdown(self) -> None:
         Sized.shut.append(self.config["name"])
         if self.config.get("lingers"):
             Sized.started.set()
-            Sized.gate.wait(10)
+            Sized.gate.wait(60)
         raise ValueError("which harms nobody")
 
 
@@ -88,7 +88,7 @@ async def hear(pool: Pool, spec: EngineSpec | tuple[EngineSpec, ...], **more: An
 
 async def loaded(pool: Pool, count: int) -> None:
     """Return when so many engines are in memory, and none is leaving it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             found = pool.metrics()
             if sum(each.loaded for each in found) == count and sum(each.memory for each in found) <= 100 * MIB:
@@ -114,7 +114,7 @@ async def test_what_is_being_unloaded_is_room_already(pool: Pool):
     lingering = sized("lingering", lingers=True)
     for spec in (lingering, sized("a"), sized("b")):
         await hear(pool, spec)
-    assert await asyncio.to_thread(Sized.started.wait, 10)
+    assert await asyncio.to_thread(Sized.started.wait, 30)
     again = asyncio.create_task(hear(pool, lingering))
     assert await hear(pool, sized("b")) == "b", "nobody waits for it who needs no room"
     assert (Sized.shut, again.done()) == (["lingering"], False)
@@ -145,7 +145,7 @@ async def test_one_in_use_is_waited_for(pool: Pool):
     busy, known = sized("busy", 60, slow=True), sized("known", 50)
     await hear(pool, known)
     work = asyncio.create_task(hear(pool, busy))
-    assert await asyncio.to_thread(Sized.started.wait, 10)
+    assert await asyncio.to_thread(Sized.started.wait, 30)
     await loaded(pool, 1)
     assert Sized.shut == ["known"]
     with pytest.raises(Unavailable) as caught:
@@ -167,7 +167,7 @@ async def test_where_another_engine_can_be_asked_room_is_not_waited_for_long(
     busy, known, small = sized("busy", 60, slow=True), sized("known", 50), sized("small", 10)
     await hear(pool, known)
     work = asyncio.create_task(hear(pool, busy))
-    assert await asyncio.to_thread(Sized.started.wait, 10)
+    assert await asyncio.to_thread(Sized.started.wait, 30)
     await loaded(pool, 1)
     for _ in range(FAILURES + 1):
         assert await hear(pool, (known, small)) == "small"
@@ -189,6 +189,7 @@ async def test_engines_of_unknown_size_are_loaded_one_at_a_time_but_none_waits_f
         return Loaded()
 
     monkeypatch.setattr(pool._runner, "load", load)
+    monkeypatch.setattr("agentvoicebox.plugins.pool.ALONE", 1_000.0)
     cloud = EngineSpec("stt", "cloud", (("key", "k"),))
     loads = [asyncio.create_task(pool.load(EngineSpec("stt", "fat", (("number", n),)))) for n in range(3)]
     loads.append(asyncio.create_task(pool.load(cloud)))

@@ -42,7 +42,7 @@ class Stage:
 
     async def told(self, what: str, count: int = 1) -> list[int]:
         """Wait until so many processes have told it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while len(pids := self.pids(what)) < count:
                 await asyncio.sleep(0.005)
         return pids
@@ -85,13 +85,14 @@ async def hear(runner: Processes, spec: EngineSpec, of: int) -> tuple[int, int]:
 
 async def both(runner: Processes) -> None:
     """Returns when no process is at work, and none is missing."""
-    async with asyncio.timeout(30):
+    await runner.start()
+    async with asyncio.timeout(120):
         while len(runner._live()) < 2 or any(child.busy() for child in runner._live()):
             await asyncio.sleep(0.01)
 
 
 async def dead(pid: int) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while psutil.pid_exists(pid):
             await asyncio.sleep(0.01)
 
@@ -103,6 +104,8 @@ def kill(pid: int) -> None:
 
 async def test_real_engines_speak_and_hear_in_a_pool(runner: Processes, say: Say) -> None:
     pool = Pool(runner=runner)
+    for spec in (FLITE, SPHINX):
+        await pool.load(spec)  # however long it takes until the processes are there
     speech = await pool.speak(FLITE, "what time is it", "en-US", "slt")
     assert speech.rate == 16_000
     pcm, rate = say("what time is it")
@@ -114,6 +117,7 @@ async def test_real_engines_speak_and_hear_in_a_pool(runner: Processes, say: Say
 
 
 async def test_an_engine_is_in_every_process_and_counts_so_often(runner: Processes, stage: Stage) -> None:
+    await both(runner)
     loaded = await runner.load(stage.ear)
     assert loaded.parallel == 8
     assert len(set(stage.pids("loaded"))) == 2
@@ -122,6 +126,7 @@ async def test_an_engine_is_in_every_process_and_counts_so_often(runner: Process
 
 
 async def test_work_goes_to_whoever_is_least_busy(runner: Processes, stage: Stage) -> None:
+    await both(runner)
     await runner.load(stage.ear)
     jobs = [asyncio.create_task(hear(runner, stage.ear, of)) for of in (1, 2)]
     assert len({*await stage.told("begin-1"), *await stage.told("begin-2")}) == 2
@@ -140,6 +145,7 @@ async def test_parts_come_as_they_are_said(runner: Processes, stage: Stage) -> N
 async def test_a_killed_process_costs_nobody_his_answer(
     runner: Processes, stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
+    await both(runner)
     await runner.load(stage.ear)
     jobs = [asyncio.create_task(hear(runner, stage.ear, of)) for of in (1, 2, 3, 4)]
     victim = (await stage.told("begin-1"))[0]

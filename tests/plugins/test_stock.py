@@ -69,7 +69,7 @@ def test_stock_services_load_the_offline_pair(tmp_path: Path):
         env={"PATH": os.environ["PATH"], "HOME": str(home), **places},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]

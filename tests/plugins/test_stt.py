@@ -24,6 +24,7 @@ from ovos_utils import classproperty
 from ovos_utils.fakebus import FakeBus
 
 from agentvoicebox.config.errors import BadInput
+from agentvoicebox.plugins import stt as module
 from agentvoicebox.plugins.device import local, wire
 from agentvoicebox.plugins.device.language import TenantLanguage
 from agentvoicebox.plugins.device.requests import Listening
@@ -67,15 +68,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The plugins that are on the device."""
     plugins: dict[str, Any] = {"agentvoicebox-stt-sphinx": Ear}
     monkeypatch.setattr(local, "plugin_class", lambda kind, name: plugins.get(name))
+    monkeypatch.setattr(local, "LOADING", 60.0)
     return plugins
 
 
 @pytest.fixture
-def make(installed: dict[str, Any]) -> Iterator[Callable[..., TenantSTT]]:
+def make(installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TenantSTT]]:
+    """Ears that are patient, unless a test says otherwise: this machine may stall."""
+    monkeypatch.setattr(module, "_FLUSH", 30.0)
     made: list[TenantSTT] = []
 
     def make(link: Any = None, **config: Any) -> TenantSTT:
-        made.append(TenantSTT({"lang": "en-US", **config}, link=link))
+        made.append(TenantSTT({"lang": "en-US", "patience": 30, **config}, link=link))
         return made[-1]
 
     yield make
@@ -182,7 +186,7 @@ def test_nobody_waits_for_a_platform_that_only_works(
 
     def wait(listening: Listening, timeout: float) -> wire.Transcript:
         waits.append(timeout)
-        return result(listening, timeout)
+        return result(listening, timeout if platform.hear is None else 30)
 
     monkeypatch.setattr(Listening, "result", wait)
     platform.hear = None  # no transcript ever comes, but for signs of work
@@ -425,7 +429,7 @@ class Listener:
 
     def close(self) -> None:
         self.service.stop()
-        self.service.join(5)
+        self.service.join(30)
 
     def _answer(self, message: Message) -> None:
         self.answers[message.context["name"]] = json.loads(json.dumps(message.data["transcriptions"]))
@@ -457,7 +461,7 @@ def both(listener: Listener, until: Any, requests: int = 1) -> None:
         thread.start()
     listener.mic.hear(MIC + 1, 0.5)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     listener.mic.hear(0, 2.0)
 
 

@@ -122,6 +122,7 @@ def _begun(path: Path) -> int:
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     plugins: dict[str, Any] = {"agentvoicebox-tts-flite": Voice}
     monkeypatch.setattr(local, "plugin_class", lambda kind, name: plugins.get(name))
+    monkeypatch.setattr(local, "LOADING", 60.0)
     Voice.asked.clear()
     return plugins
 
@@ -161,10 +162,11 @@ def platform(platforms: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def make(installed: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., TenantTTS]]:
+    """Voices that are patient, unless a test says otherwise: this machine may stall."""
     made: list[TenantTTS] = []
 
     def make(link: Any = None, **config: Any) -> TenantTTS:
-        made.append(TenantTTS({"lang": "en-US", **config}, link=link))
+        made.append(TenantTTS({"lang": "en-US", "patience": 30, **config}, link=link))
         return made[-1]
 
     yield make
@@ -231,15 +233,17 @@ def test_a_platform_that_is_at_work_and_comes_to_nothing(
         yield from repeat(None)
 
     platform.say = say if begun else None  # nothing more ever comes, but for signs of work
+    monkeypatch.setattr(module, "REST", 1_000.0)
     voice = make(link, patience=0.5)
     for text in ("Hello there.", "And good morning."):
         path, _ = voice.get_tts(text, str(tmp_path / "a.wav"))
         assert heard(path) == [LOCAL]
-    assert len(platform.said) == 1, "nobody waits for each sentence of a reply"
     until(lambda: len(platform.reports) == 2)
+    assert len(platform.said) == 1, "nobody waits for each sentence of a reply"
     assert {told["reason"] for told in platform.reports} == {"platform_late"}
     platform.say = lambda text: iter([(sound(100), RATE)])
     monkeypatch.setattr(voice, "_late_until", 0.0)
+    monkeypatch.setattr(voice, "_patience", 30.0)
     assert heard(voice.get_tts("Hello there.", str(tmp_path / "b.wav"))[0]) == [100], "it has its turn again"
 
 
@@ -451,7 +455,7 @@ def test_what_was_said_during_a_change_is_not_kept(make: Any, link: Any, platfor
 
     def say(text: str) -> Iterator[Any]:
         platform._loop.create_task(change())
-        while link.choices != platform.choices:
+        while link.choices.voice != "bf_emma":
             yield None
         yield sound(100), RATE
 
@@ -754,7 +758,7 @@ def test_a_long_sentence_that_breaks_off_is_played_to_its_end(tmp_path: Path, ke
     playing = threading.Thread(target=sentence.play, args=(player.find(keeping["player"]),), daemon=True)
     (tmp_path / "played").mkdir()
     playing.start()
-    playing.join(20)
+    playing.join(60)
     assert not playing.is_alive()
     [path] = (tmp_path / "played").glob("*.raw")
     assert level(path.read_bytes()) == [100, LOCAL]
@@ -801,7 +805,7 @@ def test_nobody_hears_out_half_a_sentence(monkeypatch: pytest.MonkeyPatch, until
     sentence.again()
     sentence.add(sound(LOCAL), 16_000)
     sentence.end()
-    playing.join(10)
+    playing.join(60)
     assert [level(b"".join(run.taken)) for run in runs] == [[100], [LOCAL]]
 
 
@@ -845,7 +849,7 @@ def test_a_player_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(player.PlayerBroke):
         playing.write(sound(9, 10.0))
     playing.close()
-    assert playing._process.returncode is not None
+    assert playing._process.wait(30) < 0, "it was killed"
     assert not _open(playing._pipe)
 
 

@@ -287,7 +287,7 @@ def test_nothing_for_a_while_was_a_false_alarm(platform: Chooser):
     told = Outcomes(platform, patience=0.01)  # type: ignore[arg-type]
     told.bind(FakeBus())
     told.detected(DETECTION)
-    assert platform.reports.get(timeout=10)["outcome"] == "false_positive"
+    assert platform.reports.get(timeout=30)["outcome"] == "false_positive"
     told.close()
     assert platform.told() == []
 
@@ -381,7 +381,7 @@ def test_without_its_platform_it_hears_and_tells_later_once(
     acme.die()
     assert said(engines.acme, ten_voices("okay nabu")[1] + quiet(1)) == 1
     acme.live()
-    until(lambda: acme.reports, 30)
+    until(lambda: acme.reports)
     assert len({event["id"] for event in acme.reports}) == 1
 
 
@@ -478,7 +478,7 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Any]
     yield start
     for each in started:
         each.loop.stop()
-        each.thread.join(10)
+        each.thread.join(30)
         each.container.shutdown()
 
 
@@ -506,7 +506,7 @@ def test_the_stock_way_to_change_stops_the_loop(alone: None, listen: Callable[..
     # As ovos_dinkum_listener.service reloads: hazard H18.
     listener.loop.stop()
     listener.container.shutdown()
-    listener.thread.join(10)
+    listener.thread.join(30)
     assert not listener.thread.is_alive(), "nobody hears what is said now"
     entry["phrases"] = ["hey jarvis"]
     listener.container.load_hotword_engines()
