@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import wave
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise, repeat
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -516,40 +517,60 @@ def _until() -> Callable[..., None]:
     return until
 
 
-class Deadlines:
-    """The time-outs of those who wait for an engine of a pool. A test says when one is over, so that no clock does."""
+class Waits:
+    """Stands for `asyncio` in a module, whose time-outs are then over when a test says so.
+
+    A short one in place of that may be over before what should come first has come: machines stand still at times.
+    """
 
     def __init__(self) -> None:
-        self._made: list[tuple[asyncio.Timeout, float]] = []
+        self.granted: list[float] = []
+        """The seconds of each wait that has begun."""
+        self._begun: list[asyncio.Timeout] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio, name)
 
+    def timeout(self, delay: float) -> asyncio.Timeout:
+        """What the module calls in place of `asyncio.timeout`."""
+        return self.timeout_at(asyncio.get_running_loop().time() + delay)
+
     def timeout_at(self, when: float) -> asyncio.Timeout:
-        """What the line calls in place of `asyncio.timeout_at`."""
-        made = asyncio.timeout_at(when)
-        self._made.append((made, when - asyncio.get_running_loop().time()))
-        return made
+        """What the module calls in place of `asyncio.timeout_at`."""
+        self.granted.append(when - asyncio.get_running_loop().time())
+        self._begun.append(asyncio.timeout_at(when))
+        return self._begun[-1]
 
-    @property
-    def last(self) -> float:
-        """How many seconds the last that began to wait had."""
-        return self._made[-1][1]
-
-    def over(self, seconds: float) -> None:
-        """Those who had so many seconds, or fewer, have waited long enough."""
-        for made, given in self._made:
-            if given <= seconds:
+    def end(self, most: float = math.inf) -> None:
+        """Those who were granted so many seconds, or fewer, have waited long enough."""
+        for seconds, wait in zip(self.granted, self._begun, strict=True):
+            if seconds <= most:
                 with suppress(RuntimeError):  # it has ended otherwise
-                    made.reschedule(asyncio.get_running_loop().time())
+                    wait.reschedule(asyncio.get_running_loop().time())
+
+    async def end_all(self, task: asyncio.Future[Any]) -> None:
+        """End each wait, now and as they begin, until `task` is done."""
+        while not task.done():
+            self.end()
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
-def deadlines(monkeypatch: pytest.MonkeyPatch) -> Deadlines:
-    """Lets a test say when a deadline is over."""
-    made = Deadlines()
-    monkeypatch.setattr(line, "asyncio", made)
-    return made
+def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Waits]:
+    """`waits(module)` are those of this module from now on."""
+
+    def take(module: ModuleType) -> Waits:
+        made = Waits()
+        monkeypatch.setattr(module, "asyncio", made)
+        return made
+
+    return take
+
+
+@pytest.fixture
+def deadlines(waits: Callable[[ModuleType], Waits]) -> Waits:
+    """Those of who waits for an engine of a pool."""
+    return waits(line)
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ async def test_what_is_too_late_or_not_wanted_any_more_is_never_begun(pool: Pool
     late, left = ask(1, deadline=10), ask(2)
     await waiting(pool, 2)
     left.cancel()
-    deadlines.over(10)
+    deadlines.end(10)
     assert (await error_of(late)).code == "engine_timeout"
     await waiting(pool, 0)
     Plugin.gate.release(5)
@@ -245,7 +245,7 @@ async def test_what_is_too_late_or_not_wanted_any_more_is_never_begun(pool: Pool
 async def test_a_deadline_reaches_the_engine_at_work(pool: Pool, ask: Ask, deadlines: Any):
     late = ask(0, deadline=10)
     await begun()
-    deadlines.over(10)
+    deadlines.end(10)
     assert (await error_of(late)).code == "engine_timeout"
     following = ask(1)
     await begun()  # so its place is free again
@@ -275,8 +275,8 @@ async def test_the_next_engine_serves_where_one_fails_hangs_or_is_missing(pool: 
     Flaky.ill = False
     hanging = ask(2, spec=[NUMBERS, FLAKY], deadline=600)
     await begun()
-    assert deadlines.last <= 300, "it is given up while there is time for the next one"
-    deadlines.over(300)
+    assert deadlines.granted[-1] <= 300, "it is given up while there is time for the next one"
+    deadlines.end(300)
     hangs = await hanging
     assert (hangs.text, hangs.engine) == ("well", "flaky")
     assert (await error_of(ask(3, spec=(MISSING,)))).code == "engine_missing"
@@ -330,7 +330,7 @@ async def test_a_tenant_whose_jobs_come_too_late_in_its_own_flood_locks_nobody_o
     Plugin.deaf = True
     for _ in range(3):  # the two that are answered, and the next
         await begun()
-    deadlines.over(20)
+    deadlines.end(20)
     assert {(await error_of(task)).code for task in flood} == {"engine_timeout"}
     Plugin.gate.release(2)
     assert (await ask(3, "b")).text == "3"

@@ -148,7 +148,7 @@ async def test_each_part_has_its_deadline_and_the_whole_of_speak_one(pool: Pool,
     assert (await anext(stream)).engine == "parts"
     second = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)  # it waits
-    deadlines.over(20)
+    deadlines.end(20)
     with pytest.raises(Unavailable) as late:
         await second
     assert await asyncio.to_thread(Parts.ended.wait, 30)
@@ -157,7 +157,7 @@ async def test_each_part_has_its_deadline_and_the_whole_of_speak_one(pool: Pool,
     async with asyncio.timeout(30):
         while Parts.made != ["one", "one"]:
             await asyncio.sleep(0.001)
-    deadlines.over(20)
+    deadlines.end(20)
     with pytest.raises(Unavailable) as whole:
         await speech
     assert (late.value.code, whole.value.code) == ("engine_timeout", "engine_timeout")

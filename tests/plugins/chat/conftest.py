@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -441,46 +440,3 @@ async def providers() -> AsyncIterator[NewProvider]:
 
 
 # ---- end of the section --------------------------------------------------------------------------------------------
-
-
-class Waits:
-    """Stands for `asyncio` in a module, whose waits then end when a test says so.
-
-    A short wait in place of that may be over before what should come first has come: machines stand still at times.
-    """
-
-    def __init__(self) -> None:
-        self.granted: list[float] = []
-        """The seconds of each wait that has begun."""
-        self._begun: list[asyncio.Timeout] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    def timeout(self, delay: float) -> asyncio.Timeout:
-        return self.timeout_at(asyncio.get_running_loop().time() + delay)
-
-    def timeout_at(self, when: float) -> asyncio.Timeout:
-        self.granted.append(when - asyncio.get_running_loop().time())
-        self._begun.append(asyncio.timeout_at(when))
-        return self._begun[-1]
-
-    async def over(self, task: asyncio.Future[Any]) -> None:
-        """End each wait, now and as they begin, until `task` is done."""
-        while not task.done():
-            for each in self._begun:
-                with suppress(RuntimeError):  # it has ended
-                    each.reschedule(asyncio.get_running_loop().time())
-            await asyncio.sleep(0.001)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], Waits]:
-    """`waits(module)` are those of this module from now on (see there)."""
-
-    def take(module: ModuleType) -> Waits:
-        made = Waits()
-        monkeypatch.setattr(module, "asyncio", made)
-        return made
-
-    return take

@@ -191,7 +191,7 @@ async def test_what_a_provider_does_wrong_has_a_name_and_leaks_nothing(
     if code == "provider_timeout":
         async with asyncio.timeout(PATIENT.first):
             await server.said.wait()
-        await ours.over(listening)
+        await ours.end_all(listening)
         [granted] = ours.granted  # signs of life do not prolong it
         assert granted == pytest.approx(PATIENT.first, abs=10)
     text, error = await listening
@@ -232,7 +232,7 @@ async def test_half_a_sentence_is_handed_on_once_and_paid_for(
     if code == "provider_timeout":
         while answer.tokens.output < 3 and not listening.done():  # until all three words have come
             await asyncio.sleep(0.001)
-        await ours.over(listening)
+        await ours.end_all(listening)
         assert ours.granted[-1] == pytest.approx(PATIENT.between, abs=10)
     text, error = await listening
     assert (text, error.code) == ("Once upon a", code)

@@ -172,7 +172,7 @@ async def test_a_solver_that_hangs_stops_nobody_else(solver: Solvers, waits: Any
     asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, PATIENCE, tenant=str(number % 5)) for number in range(30)]
     asking = asyncio.gather(*asks, return_exceptions=True)
     await hanging(solvers.THREADS)
-    await ours.over(asking)
+    await ours.end_all(asking)
     done = await asking
     codes = [getattr(each, "code", each) for each in done]
     most = solvers.THREADS + solvers.WAITING
@@ -189,7 +189,7 @@ async def test_one_tenant_cannot_have_all_places_of_a_solver(solver: Solvers, wa
     asks = [solver.ask("quiz-hanging", QUESTION, "en-US", {}, PATIENCE, tenant="acme") for _ in range(30)]
     asking = asyncio.gather(*asks, return_exceptions=True)
     await hanging(solvers.PLACES)
-    await ours.over(asking)
+    await ours.end_all(asking)
     codes = [getattr(each, "code", each) for each in await asking]
     assert (codes.count("solver_timeout"), codes.count("solver_busy")) == (solvers.PLACES, 30 - solvers.PLACES)
     with pytest.raises(Unavailable) as caught:
@@ -228,7 +228,7 @@ async def test_a_solver_that_loads_slowly_answers_the_next_question(
         # A job that no thread has taken yet would give its place free again.
         while not (asking.done() or (len(jobs) > number and jobs[number].running())):
             await asyncio.sleep(0.001)
-        await ours.over(asking)
+        await ours.end_all(asking)
         with pytest.raises(Unavailable) as caught:
             await asking
         codes.append(caught.value.code)
