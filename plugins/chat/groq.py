@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 from groq import AsyncGroq
+from groq.resources.chat import AsyncChat, AsyncCompletions  # noqa: F401  (or the first question would: all wait for it)
 
 from agentvoicebox.plugins.chat.connections import Reach, options
 from agentvoicebox.plugins.chat.openai import OpenAIShaped

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx2
 from openai import AsyncOpenAI
+from openai.resources.chat import AsyncChat, AsyncCompletions  # noqa: F401  (or the first question would: all wait for it)
 
 from agentvoicebox.plugins.chat.connections import Lines, Reach, drain, expect, options
 from agentvoicebox.plugins.chat.errors import ProviderFailed

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import ssl
+import sys
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -679,3 +680,32 @@ def _certificate(folder: Path, host: str) -> tuple[ssl.SSLContext, ssl.SSLContex
     has = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     has.load_cert_chain(folder / "host.pem")
     return ssl.create_default_context(cadata=pem.decode()), has
+
+
+FIRST = """
+import asyncio, sys
+from contextlib import aclosing
+from agentvoicebox.plugins.chat import Chats, Endpoint, Request
+
+async def ask():
+    provider, url = sys.argv[1:]
+    chats = Chats()
+    await chats.load([provider])
+    before = set(sys.modules)
+    answer = chats.stream([(Endpoint(provider, "a-key", url), "small")], Request([{"role": "user", "content": "hi"}]))
+    async with aclosing(answer):
+        print("".join([delta.text async for delta in answer]))
+    print(sorted(name for name in set(sys.modules) - before if name.startswith(("agentvoicebox", provider))))
+
+asyncio.run(ask())
+"""
+
+
+@pytest.mark.parametrize("provider", ["openai", "groq", "anthropic", "ollama"])
+async def test_what_was_loaded_is_not_loaded_by_the_first_question(providers: Any, provider: str) -> None:
+    """Nobody else in the node waits for the imports of an SDK."""
+    server = await providers(text="Hello there.")
+    command = [sys.executable, "-c", FIRST, provider, server.url(provider)]
+    asking = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    said, _ = await asking.communicate()
+    assert said.decode().splitlines() == ["Hello there.", "[]"]
