@@ -20,13 +20,13 @@ STUCK = 10.0
 """Seconds for which a player may take no audio, or go on after the end of it, before it is given up."""
 
 # Each plays 16-bit mono audio from its standard input, and begins before it has much of it: of themselves pacat and
-# aplay wait until their buffers are full, which are half a second and two. ffplay's options for bare samples change
-# with its version: it is given a WAV file without an end.
+# aplay wait until their buffers are full, which are half a second and two, and ffplay, even of a WAV file, for 64 KB.
+# pw-cat has no command for this that is the same on PipeWire 0.3 and 1; where it is, one of these is.
 _PLAYERS = (
     f"pacat --playback --raw --format=s16le --rate={RATE} --channels=1 --latency-msec=100",
     f"aplay -q -t raw -f S16_LE -r {RATE} -c 1 --start-delay=50000",
-    "ffplay -nodisp -autoexit -loglevel error -probesize 32 -analyzeduration 0 -f wav -i pipe:0",
-    f"pw-cat --playback --raw --format s16 --rate {RATE} --channels 1 -",
+    "ffplay -nodisp -autoexit -loglevel error -probesize 32 -analyzeduration 0 -f s16le"
+    f" -sample_rate {RATE} -ch_layout mono -i pipe:0",
 )
 
 
@@ -66,8 +66,6 @@ class Player:
         self._room = select.poll()
         self._room.register(self._pipe, select.POLLOUT)
         self.rate, self._ends = rate, time.monotonic()
-        if os.path.basename(words[0]) == "ffplay":
-            self._write(endless(rate))
 
     def write(self, pcm: bytes) -> None:
         """Play this next; returns when the player has taken it. Raises `PlayerBroke`."""
@@ -110,19 +108,6 @@ class Player:
                     raise PlayerBroke("it takes no audio") from None
             except OSError as error:
                 raise PlayerBroke("it has ended") from error
-
-
-def endless(rate: int) -> bytes:
-    """The beginning of a 16-bit mono WAV file whose length nobody knows yet."""
-    unknown = b"\xff\xff\xff\xff"
-    number = int.to_bytes
-    return b"".join(
-        (
-            *(b"RIFF", unknown, b"WAVEfmt ", number(16, 4, "little"), number(1, 2, "little"), number(1, 2, "little")),
-            *(number(rate, 4, "little"), number(2 * rate, 4, "little"), number(2, 2, "little")),
-            *(number(16, 2, "little"), b"data", unknown),
-        )
-    )
 
 
 def _environment() -> dict[str, str]:

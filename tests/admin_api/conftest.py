@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ from agentvoicebox.plugins.chat import Chats
 from agentvoicebox.plugins.chat.solvers import Solvers
 from agentvoicebox.plugins.pool import Pool
 from agentvoicebox.tenancy import keys, metering, tenants
+from agentvoicebox.tenancy.audit import lines
 from agentvoicebox.tenancy.changes import Feed
 from agentvoicebox.tenancy.database import Database, prepare
 from agentvoicebox.tenancy.embedded import serving
@@ -195,6 +197,12 @@ async def new_client(service: Service) -> AsyncIterator[NewClient]:
     yield make
     for client in clients:
         await client.aclose()
+
+
+@pytest.fixture(autouse=True)
+def heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is in the audit log, however much other tests were refused in the same minute."""
+    monkeypatch.setattr(lines, "_throttles", WeakKeyDictionary())
 
 
 @pytest.fixture
