@@ -111,8 +111,8 @@ class Device:
         """What a service has written."""
         return (self.directory / f"{service}.log").read_text(errors="replace")
 
-    async def linked(self, services: Sequence[str] = ("audio", "dinkum-listener"), seconds: float = TURN) -> None:
-        """Wait until these services have their platform, by what they log."""
+    async def linked(self, services: Sequence[str] = ("audio", "dinkum-listener"), seconds: float = START) -> None:
+        """Wait until these services have their platform, by what they log; after a while without it they try rarely."""
         async with asyncio.timeout(seconds):
             while not all(map(self._linked, services)):
                 await asyncio.sleep(0.05)
