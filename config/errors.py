@@ -95,8 +95,10 @@ class Unavailable(AvbError):
 
 
 def unexpected(error: BaseException) -> str:
-    """What a log may say of an error that nobody expected, as in "KeyError at house.py:112": its type and where it was
-    raised. Never its text, which may quote what was read or said."""
+    """What a log may say of an error that nobody expected, as in "KeyError at device/house.py:112": its type and where
+    it was raised. Never its text, which may quote what was read or said."""
     places = traceback.extract_tb(error.__traceback__)
-    where = f"{Path(places[-1].filename).name}:{places[-1].lineno}" if places else "nowhere"
-    return f"{type(error).__name__} at {where}"
+    if not places:
+        return f"{type(error).__name__} at nowhere"
+    file = "/".join(Path(places[-1].filename).parts[-2:])  # there are many __init__.py
+    return f"{type(error).__name__} at {file}:{places[-1].lineno}"

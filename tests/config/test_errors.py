@@ -46,5 +46,5 @@ def test_what_nobody_classified_is_internal() -> None:
 def test_what_nobody_expected_is_named_by_type_and_place_not_by_its_words() -> None:
     with pytest.raises(ValueError, match="cat") as raised:
         raise ValueError("my cat is called Schroedinger")
-    assert unexpected(raised.value) == f"ValueError at test_errors.py:{raised.tb.tb_lineno}"
+    assert unexpected(raised.value) == f"ValueError at config/test_errors.py:{raised.tb.tb_lineno}"
     assert unexpected(KeyError("Schroedinger")) == "KeyError at nowhere"

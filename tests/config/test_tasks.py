@@ -88,7 +88,8 @@ async def test_one_that_fails_is_told_of_at_once_without_what_it_has_read(caplog
     await asyncio.sleep(0)
     (record,) = caplog.records
     assert record.levelname == "ERROR"
-    assert re.fullmatch(r"the background task reader has failed: ValueError at test_tasks\.py:\d+", record.getMessage())
+    told = r"the background task reader has failed: ValueError at config/test_tasks\.py:\d+"
+    assert re.fullmatch(told, record.getMessage())
     assert record.exc_info is None
 
 
